@@ -1,4 +1,4 @@
-"""What every test runs under: strict promotion, two CPU devices, and GPU tests only where a GPU is."""
+"""What every test runs under: strict promotion, two CPU devices, GPU tests only on a GPU."""
 
 import jax
 import pytest

@@ -11,8 +11,10 @@ import jaxattn
 PACKAGE = Path(jaxattn.__file__).parent
 
 FLOORS = [
-    ["kv_cache", "checks", "device"],
-    ["dispatch", "plan", "reference", "kernels._*"],
+    ["checks", "device"],
+    ["kv_cache"],
+    ["dispatch", "plan", "kernels._*"],
+    ["reference"],
     ["kernels.*"],
     ["append", "decode", "merge", "norm", "prefill", "rope"],
     ["wrappers"],
@@ -37,7 +39,7 @@ def floor_of(name: str) -> int | None:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every dotted name a file imports, relative imports resolved; `from a import b` gives `a.b`."""
+    """Every dotted name a file imports, made absolute; `from a import b` gives `a.b`."""
     package = ["jaxattn", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

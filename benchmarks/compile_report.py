@@ -1,0 +1,457 @@
+"""What the compiler made of each kernel, for an H200 or an A100, on a machine without a GPU.
+
+    python -m benchmarks.compile_report [--target h200|a100] [--only SUBSTR] [--json FILE] [--check]
+
+XLA compiles for a device that a text file describes (benchmarks/targets/), through Triton, down to
+PTX; the assembler compiles that PTX once more and says what it used. Both come with
+`jax-cuda13-plugin[with-cuda]` (or cuda12) of JAX's own version. Where each number comes from:
+
+- registers, spills, local and static shared memory, warnings: `ptxas -v` on the PTX XLA dumped;
+- grid, threads, dynamic shared memory: XLA's thunk sequence, that is, what it will launch with;
+- wgmma, mma.sync, cp.async: instructions in the PTX, each counted once, loop or no loop.
+
+`--check` fails on a spill or a serialised wgmma in a case marked hot, and compiles only those.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+import jaxattn as ja
+
+TARGETS = Path(__file__).parent / "targets"
+ARCHITECTURES = {"h200": "sm_90a", "a100": "sm_80"}
+KERNEL_PREFIX = "jaxattn_"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """One compiled kernel; memory in bytes, registers and local memory per thread."""
+
+    name: str
+    grid: tuple[int, int, int]
+    threads: int
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    local_memory: int
+    static_shared: int
+    dynamic_shared: int
+    wgmma: int
+    mma_sync: int
+    cp_async: int
+    warnings: tuple[str, ...]
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What a hot kernel must not show."""
+        spilled = self.spill_stores + self.spill_loads
+        spills = (f"{self.spill_stores} + {self.spill_loads} bytes spilled",) if spilled else ()
+        return spills + tuple(line for line in self.warnings if "serialized" in line)
+
+
+def compile_for(target: str, fn: Callable[..., Any], *args: Any) -> list[KernelReport]:
+    """Compiles `jit(fn)` for a described GPU and reports on each of this library's kernels in it.
+
+    Args:
+      target: "h200" or "a100".
+      fn: any function of JAX arrays.
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      RuntimeError: no CUDA plugin or no ptxas here, or ptxas rejects the PTX.
+    """
+    mesh = _target_mesh(target)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    structs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.sharding.set_mesh(mesh):
+            # The dumped HLO is small; `ptx` alone keeps out the megabytes of Triton's passes.
+            jax.jit(fn).lower(*structs).compile(
+                compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+            )
+        launches: dict[str, Launch] = {}
+        for path in Path(folder).glob("*thunk_sequence.txt"):
+            launches |= parse_thunk_sequence(path.read_text())
+        reports = []
+        for path in sorted(Path(folder).glob("*.ptx")):
+            ptx = path.read_text()
+            if KERNEL_PREFIX in ptx:
+                reports += kernel_reports(ptx, _assemble(path, ARCHITECTURES[target]), launches)
+    return reports
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    grid: tuple[int, int, int]
+    threads: int
+    dynamic_shared: int
+
+
+def kernel_reports(ptx: str, ptxas_log: str, launches: dict[str, Launch]) -> list[KernelReport]:
+    """Joins the three sources for each of this library's kernels in one PTX file."""
+    usage = parse_ptxas(ptxas_log)
+    reports = []
+    for name, body in split_ptx(ptx).items():
+        if name.startswith(KERNEL_PREFIX):
+            launch = launches[name]
+            reports.append(
+                KernelReport(
+                    name=name,
+                    grid=launch.grid,
+                    threads=launch.threads,
+                    dynamic_shared=launch.dynamic_shared,
+                    **count_instructions(body),
+                    **usage[name],
+                )
+            )
+    return reports
+
+
+def parse_thunk_sequence(text: str) -> dict[str, Launch]:
+    """`NAME grid: [x, y, z] threads: [x, y, z]  shared_memory: N bytes` lines of XLA's dump."""
+    pattern = re.compile(
+        r"(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]"
+        r"\s+shared_memory: (\d+) bytes"
+    )
+    launches = {}
+    for name, *numbers in pattern.findall(text):
+        x, y, z, tx, ty, tz, shared = map(int, numbers)
+        launches[name] = Launch((x, y, z), tx * ty * tz, shared)
+    return launches
+
+
+def split_ptx(ptx: str) -> dict[str, str]:
+    """The text of each `.entry` of a PTX file, from its name to the next one's."""
+    _, *pieces = re.split(r"\.entry\s+", ptx)
+    return {re.match(r"\w+", piece)[0]: piece for piece in pieces}  # type: ignore[index]
+
+
+def count_instructions(body: str) -> dict[str, int]:
+    """Tensor-core and asynchronous-copy instructions of one kernel's PTX."""
+    return {
+        "wgmma": len(re.findall(r"\bwgmma\.mma_async\b", body)),
+        "mma_sync": len(re.findall(r"\bmma\.sync\b", body)),
+        # Not cp.async.commit_group or cp.async.wait_group.
+        "cp_async": len(re.findall(r"\bcp\.async\.(?:ca|cg|bulk)\b", body)),
+    }
+
+
+def parse_ptxas(log: str) -> dict[str, dict[str, Any]]:
+    """The fields that `ptxas -v` prints for each entry function, and its warnings about it.
+
+    A warning is printed before the function's own lines and names it, or follows them.
+    """
+    usage: dict[str, dict[str, Any]] = {}
+    sections = re.split(r"ptxas info\s*: Compiling entry function '(\w+)'.*\n", log)
+    for name, section in zip(sections[1::2], sections[2::2], strict=True):
+
+        def number(pattern: str, section: str = section) -> int:
+            found = re.search(pattern, section)
+            return int(found[1]) if found else 0
+
+        usage[name] = {
+            "registers": number(r"Used (\d+) registers"),
+            "spill_stores": number(r"(\d+) bytes spill stores"),
+            "spill_loads": number(r"(\d+) bytes spill loads"),
+            "local_memory": number(r"(\d+) bytes stack frame"),
+            "static_shared": number(r"(\d+) bytes smem"),
+            "warnings": tuple(
+                line.strip()
+                for line in log.splitlines()
+                if re.search(r"\(C\d+\)|warning", line) and (name in line or line in section)
+            ),
+        }
+    return usage
+
+
+@functools.cache
+def _target_mesh(target: str) -> jax.sharding.Mesh:
+    if target not in ARCHITECTURES:
+        raise ValueError(f"target must be one of {sorted(ARCHITECTURES)}; got {target=}")
+    description = (TARGETS / f"{target}.txtpb").read_text()
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=description, topology="1x1x1"
+        )
+    except Exception as error:
+        raise RuntimeError(
+            "compiling for a GPU needs JAX's CUDA plugin, also where there is no GPU: "
+            f"pip install 'jax-cuda13-plugin[with-cuda]=={jax.__version__}'"
+        ) from error
+    return topologies.make_mesh(topology, (1,), ("x",))
+
+
+@functools.cache
+def _ptxas() -> str:
+    """The assembler of NVIDIA's wheel (CUDA 13's, or CUDA 12's), else the one on PATH."""
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or () if spec else ():
+        for place in ("cu13/bin/ptxas", "cuda_nvcc/bin/ptxas"):
+            if (path := Path(root) / place).exists():
+                return str(path)
+    if (on_path := shutil.which("ptxas")) is None:
+        raise RuntimeError("no ptxas: install nvidia-cuda-nvcc, or put a CUDA toolkit's on PATH")
+    return on_path
+
+
+def _assemble(ptx: Path, architecture: str) -> str:
+    command = [_ptxas(), "-v", f"-arch={architecture}", str(ptx), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ptxas rejects {ptx.name}:\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A configuration that users hit; `build` gives a function and the shapes to compile it for."""
+
+    name: str
+    build: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+    hot: bool = False
+
+
+def _struct(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _paged_kv(batch: int, kv_len: int, page_size: int, num_kv_heads: int, d: int, dtype: Any):
+    """A cache with just the pages that `batch` requests of `kv_len` tokens need, and its table."""
+    pages = batch * -(-kv_len // page_size)
+    return jax.eval_shape(
+        lambda: (
+            ja.PagedKVCache.zeros(pages, page_size, num_kv_heads, d, dtype),
+            ja.PageTable(
+                jnp.zeros(batch + 1, jnp.int32),
+                jnp.zeros(pages, jnp.int32),
+                jnp.zeros(batch, jnp.int32),
+            ),
+        )
+    )
+
+
+def _decode(heads: int, kv_heads: int, d: int, page_size: int, dtype: Any = jnp.bfloat16):
+    def step(q, cache, table):
+        plan = ja.plan_decode(table, page_size=page_size, num_qo_heads=heads, num_kv_heads=kv_heads)
+        return ja.paged_decode(q, cache, plan)
+
+    cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, dtype)
+    return step, (_struct(64, heads, d, dtype=dtype), cache, table)
+
+
+def _prefill(
+    heads: int,
+    kv_heads: int,
+    d: int,
+    page_size: int,
+    dtype: Any = jnp.bfloat16,
+    *,
+    batch: int = 4,
+    new: int = 4096,
+):
+    def step(q, cache, table, qo_indptr):
+        plan = ja.plan_prefill(
+            qo_indptr,
+            table,
+            page_size=page_size,
+            num_qo_tokens=q.shape[0],
+            num_qo_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=d,
+        )
+        return ja.paged_prefill(q, cache, plan)
+
+    cache, table = _paged_kv(batch, 4096, page_size, kv_heads, d, dtype)
+    return step, (_struct(batch * new, heads, d, dtype=dtype), cache, table, _struct(batch + 1))
+
+
+def _ragged_prefill(heads: int, kv_heads: int, d: int, dtype: Any = jnp.bfloat16):
+    def step(q, k, v, indptr):
+        plan = ja.plan_ragged_prefill(
+            indptr,
+            indptr,
+            num_qo_tokens=q.shape[0],
+            num_qo_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=d,
+        )
+        return ja.ragged_prefill(q, k, v, plan)
+
+    kv = _struct(16384, kv_heads, d, dtype=dtype)
+    return step, (_struct(16384, heads, d, dtype=dtype), kv, kv, _struct(5))
+
+
+def _merge_state(d: int, dtype: Any = jnp.bfloat16):
+    v, s = _struct(4096, 32, d, dtype=dtype), _struct(4096, 32, dtype=jnp.float32)
+    return ja.merge_state, (v, s, v, s)
+
+
+def _merge_states(d: int, dtype: Any = jnp.bfloat16):
+    return ja.merge_states, (
+        _struct(4096, 8, 32, d, dtype=dtype),
+        _struct(4096, 8, 32, dtype=jnp.float32),
+    )
+
+
+def _rmsnorm(hidden: int, dtype: Any = jnp.bfloat16):
+    return ja.rmsnorm, (_struct(4096, hidden, dtype=dtype), _struct(hidden, dtype=dtype))
+
+
+def _fused_add_rmsnorm(hidden: int, dtype: Any = jnp.bfloat16):
+    x = _struct(4096, hidden, dtype=dtype)
+    return ja.fused_add_rmsnorm, (x, x, _struct(hidden, dtype=dtype))
+
+
+def _rope_cache(heads: int, kv_heads: int, d: int, is_neox: bool = True, dtype: Any = jnp.bfloat16):
+    def step(positions, query, key, cos_sin_cache):
+        return ja.apply_rope_with_cos_sin_cache(
+            positions, query, key, d, cos_sin_cache, is_neox=is_neox
+        )
+
+    query, key = (_struct(4096, h * d, dtype=dtype) for h in (heads, kv_heads))
+    return step, (_struct(4096), query, key, _struct(8192, d, dtype=jnp.float32))
+
+
+def _rope_pos_ids(heads: int, kv_heads: int, d: int, dtype: Any = jnp.bfloat16):
+    query, key = (_struct(4096, h, d, dtype=dtype) for h in (heads, kv_heads))
+    return ja.apply_llama31_rope_pos_ids, (query, key, _struct(4096))
+
+
+def _append(kv_heads: int, d: int, page_size: int, dtype: Any = jnp.bfloat16):
+    cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, dtype)
+    kv = _struct(4096, kv_heads, d, dtype=dtype)
+    return ja.append_paged_kv_cache, (kv, kv, _struct(4096), _struct(4096), cache, table)
+
+
+def _case(name: str, build: Callable[..., Any], *args: Any, hot: bool = False, **kwargs: Any):
+    return Case(name, functools.partial(build, *args, **kwargs), hot)
+
+
+# Names: heads/KV heads, d head_dim, p page size; prefill is 4 x 4096 tokens unless it says so.
+CASES = (
+    _case("decode bf16 32/8 d128 p1", _decode, 32, 8, 128, 1, hot=True),
+    _case("decode bf16 32/8 d128 p16", _decode, 32, 8, 128, 16, hot=True),
+    _case("decode fp16 32/8 d128 p16", _decode, 32, 8, 128, 16, jnp.float16, hot=True),
+    _case("decode fp32 32/8 d128 p16", _decode, 32, 8, 128, 16, jnp.float32),
+    _case("decode bf16 32/32 d128 p16", _decode, 32, 32, 128, 16, hot=True),
+    _case("decode bf16 8/1 d128 p16", _decode, 8, 1, 128, 16, hot=True),
+    _case("decode bf16 32/8 d64 p16", _decode, 32, 8, 64, 16, hot=True),
+    _case("decode bf16 32/8 d80 p16", _decode, 32, 8, 80, 16),
+    _case("decode bf16 32/8 d256 p16", _decode, 32, 8, 256, 16),
+    _case("prefill bf16 32/8 d128 p1", _prefill, 32, 8, 128, 1, hot=True),
+    _case("prefill bf16 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True),
+    _case("prefill fp16 32/8 d128 p16", _prefill, 32, 8, 128, 16, jnp.float16, hot=True),
+    _case("prefill fp32 32/8 d128 p16", _prefill, 32, 8, 128, 16, jnp.float32),
+    _case("prefill bf16 32/32 d128 p16", _prefill, 32, 32, 128, 16, hot=True),
+    _case("prefill bf16 32/4 d128 p16", _prefill, 32, 4, 128, 16),
+    _case("prefill bf16 32/8 d64 p16", _prefill, 32, 8, 64, 16, hot=True),
+    _case("prefill bf16 32/8 d80 p16", _prefill, 32, 8, 80, 16),
+    _case("prefill bf16 32/8 d256 p16", _prefill, 32, 8, 256, 16),
+    _case("prefill bf16 32/8 d128 p16 32x4", _prefill, 32, 8, 128, 16, batch=32, new=4, hot=True),
+    _case("prefill bf16 32/32 d128 p16 32x4", _prefill, 32, 32, 128, 16, batch=32, new=4),
+    _case("prefill bf16 32/8 d128 p16 8x128", _prefill, 32, 8, 128, 16, batch=8, new=128, hot=True),
+    _case("ragged bf16 32/8 d128", _ragged_prefill, 32, 8, 128, hot=True),
+    _case("ragged fp16 32/8 d128", _ragged_prefill, 32, 8, 128, jnp.float16),
+    _case("ragged bf16 32/32 d64", _ragged_prefill, 32, 32, 64),
+    _case("merge_state bf16 d128", _merge_state, 128, hot=True),
+    _case("merge_states bf16 d128", _merge_states, 128, hot=True),
+    _case("rmsnorm bf16 4096", _rmsnorm, 4096, hot=True),
+    _case("rmsnorm bf16 8192", _rmsnorm, 8192, hot=True),
+    _case("rmsnorm bf16 16384", _rmsnorm, 16384),
+    _case("fused_add_rmsnorm bf16 4096", _fused_add_rmsnorm, 4096, hot=True),
+    _case("fused_add_rmsnorm bf16 8192", _fused_add_rmsnorm, 8192, hot=True),
+    _case("fused_add_rmsnorm bf16 16384", _fused_add_rmsnorm, 16384),
+    _case("rope cache neox bf16 32/8 d128", _rope_cache, 32, 8, 128, hot=True),
+    _case("rope cache interleaved bf16 32/8 d128", _rope_cache, 32, 8, 128, False),
+    _case("rope llama31 pos_ids bf16 32/8 d128", _rope_pos_ids, 32, 8, 128),
+    _case("append bf16 8 d128 p1", _append, 8, 128, 1, hot=True),
+    _case("append bf16 8 d128 p16", _append, 8, 128, 16, hot=True),
+)
+
+
+COLUMNS: dict[str, Callable[[KernelReport], Any]] = {
+    "kernel": lambda k: k.name.removeprefix(KERNEL_PREFIX),
+    "threads": lambda k: k.threads,
+    "regs": lambda k: k.registers,
+    "spill st/ld": lambda k: f"{k.spill_stores}/{k.spill_loads}",
+    "local": lambda k: k.local_memory,
+    "smem st+dyn": lambda k: f"{k.static_shared}+{k.dynamic_shared}",
+    "wgmma": lambda k: k.wgmma,
+    "mma.sync": lambda k: k.mma_sync,
+    "cp.async": lambda k: k.cp_async,
+    "warnings": lambda k: " ".join(re.findall(r"C\d{4}", " ".join(k.warnings))),
+}
+
+
+def format_table(rows: Iterable[tuple[Case, KernelReport]]) -> str:
+    """One line a kernel; a star marks a hot case."""
+    lines = [["case", *COLUMNS]]
+    for case, kernel in rows:
+        name = case.name + " *" * case.hot
+        lines.append([name, *(str(column(kernel)) for column in COLUMNS.values())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+    ]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=sorted(ARCHITECTURES), default="h200")
+    parser.add_argument("--only", metavar="SUBSTR", default="", help="cases whose name contains it")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every field there too")
+    parser.add_argument("--check", action="store_true", help="hot cases only; exit 1 on a fault")
+    options = parser.parse_args(argv)
+
+    # The host compiles only; a GPU it may have stays free.
+    jax.config.update("jax_platforms", "cpu")
+    cases = [c for c in CASES if options.only in c.name and (c.hot or not options.check)]
+    if not cases:
+        parser.error(f"no case matches --only {options.only!r}")
+
+    def compile_case(case: Case) -> list[KernelReport]:
+        fn, args = case.build()
+        return compile_for(options.target, fn, *args)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(zip(cases, pool.map(compile_case, cases), strict=True))
+    rows = [(case, kernel) for case, kernels in results for kernel in kernels]
+
+    print(f"JAX {jax.__version__}, target {options.target}; * marks a hot case")
+    print(format_table(rows))
+    if options.json:
+        fields = [{"case": c.name, "hot": c.hot} | dataclasses.asdict(k) for c, k in rows]
+        options.json.write_text(json.dumps(fields, indent=1) + "\n")
+
+    faults = [f"{c.name}, {k.name}: {fault}" for c, k in rows if c.hot for fault in k.faults]
+    faults += [
+        f"{c.name}: no kernel of this library in it" for c, kernels in results if not kernels
+    ]
+    for fault in faults:
+        print(f"FAULT {fault}", file=sys.stderr)
+    return 1 if options.check and faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
