@@ -1,0 +1,78 @@
+"""Argument checks with errors that say what must hold, what came, and what to do."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def check_shape(
+    name: str, x: Any, expected: Sequence[int | str], sizes: Mapping[str, int] | None = None
+) -> None:
+    """Raises ValueError unless `x` has the expected shape; a string in it is a free, named axis."""
+    shape = tuple(getattr(x, "shape", ()))
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or want == got for want, got in zip(expected, shape, strict=True)
+    )
+    if not fits:
+        must = "[" + ", ".join(map(str, expected)) + "]"
+        where = "".join(f", {axis}={size}" for axis, size in (sizes or {}).items())
+        raise ValueError(f"{name} must have shape {must}{where}; got {list(shape)}")
+
+
+def check_float(name: str, x: jax.Array) -> None:
+    """Raises TypeError unless `x` is float16, bfloat16 or float32."""
+    if x.dtype.name not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be one of {', '.join(FLOAT_DTYPES)}; got {x.dtype.name}")
+
+
+def check_same_dtype(**arrays: Any) -> None:
+    """Raises TypeError unless all arrays have one dtype."""
+    if len({jnp.dtype(x.dtype) for x in arrays.values()}) > 1:
+        came = ", ".join(f"{name} is {jnp.dtype(x.dtype).name}" for name, x in arrays.items())
+        raise TypeError(
+            f"{' and '.join(arrays)} must have the same dtype; {came}: cast one of them"
+        )
+
+
+def check_index(name: str, x: jax.Array, num_elements: int | str) -> None:
+    """Raises unless `x` is an int32 vector of `num_elements` (a string: any number)."""
+    check_shape(name, x, (num_elements,))
+    if x.dtype != jnp.int32:
+        raise TypeError(f"{name} must be int32; got {x.dtype.name}: use {name}.astype(jnp.int32)")
+
+
+def check_positive(**values: int) -> None:
+    """Raises ValueError unless every value is a positive integer known at trace time."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+            raise ValueError(f"{name} must be a positive integer; got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_heads(num_qo_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError unless num_kv_heads divides num_qo_heads (grouped-query attention)."""
+    check_positive(num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
+    if num_qo_heads % num_kv_heads:
+        raise ValueError(
+            f"num_qo_heads must be a multiple of num_kv_heads; got {num_qo_heads=}, {num_kv_heads=}"
+        )
+
+
+def check_scale(sm_scale: float | None, head_dim: int) -> float:
+    """The softmax scale as a float: 1 / sqrt(head_dim) for None."""
+    if sm_scale is None:
+        return head_dim**-0.5
+    if isinstance(sm_scale, jax.core.Tracer):
+        raise TypeError("sm_scale must be a Python float, known when the function is traced")
+    if not float(sm_scale) > 0:
+        raise ValueError(f"sm_scale must be positive; got {sm_scale}")
+    return float(sm_scale)

@@ -1,0 +1,272 @@
+"""The paged KV cache and its page table, as arrays.
+
+A cache is a pool of `num_pages` pages of `page_size` token slots. A page table in CSR form says which pages a
+request owns: request i owns pages `indices[indptr[i]:indptr[i + 1]]` in order, any page ids, shared pages allowed,
+and has `last_page_len[i]` tokens in the last of them (1 <= last_page_len <= page_size; 0 for a request without
+pages). Slots that no request owns may hold anything, NaN included.
+
+Axes: b requests, t tokens, kh KV heads, d head dim, n pages, p page size, w pages of a block-table row.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxattn.checks import check_choice, check_float, check_index, check_positive, check_shape
+
+LAYOUTS = ("NHD", "HND")
+
+
+class RowStrides(NamedTuple):
+    """Where a token's vector lies in a cache seen as rows `[num_rows, d]`:
+
+    `row = page * strides.page + slot * strides.slot + head * strides.head`, plus `strides.value` for V
+    where one array holds both K and V.
+    """
+
+    page: int
+    slot: int
+    head: int
+    value: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedKVCache:
+    """K and V pages of one layer, a pytree.
+
+    Attributes:
+      data: `(k, v)`, each [n, p, kh, d] for layout "NHD" and [n, kh, p, d] for "HND"; or one array that
+        holds both, [n, 2, p, kh, d] or [n, 2, kh, p, d]. float16, bfloat16 or float32.
+      layout: "NHD" or "HND" (static).
+    """
+
+    data: tuple[Array, Array] | Array
+    layout: str = dataclasses.field(default="NHD", metadata=dict(static=True))
+
+    @classmethod
+    def zeros(
+        cls,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        *,
+        layout: str = "NHD",
+        combined: bool = False,
+    ) -> "PagedKVCache":
+        """A cache of zeros; with `combined`, K and V are one 5-D array."""
+        check_positive(
+            num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim
+        )
+        check_choice("layout", layout, LAYOUTS)
+        page = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
+        if combined:
+            return cls(jnp.zeros((num_pages, 2, *page, head_dim), dtype), layout)
+        shape = (num_pages, *page, head_dim)
+        return cls((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), layout)
+
+    @classmethod
+    def from_flashinfer(
+        cls, paged_kv_cache: tuple[Array, Array] | Array, kv_layout: str = "NHD"
+    ) -> "PagedKVCache":
+        """A cache from what FlashInfer takes: a tuple of 4-D arrays or one 5-D array.
+
+        With page_size 1 the page axis may be missing (3-D arrays or one 4-D array).
+
+        Raises:
+          KeyError: unknown kv_layout, or the cache is a list.
+          ValueError: the arrays have another number of axes.
+        """
+        if kv_layout not in LAYOUTS:
+            raise KeyError(f"kv_layout must be 'NHD' or 'HND'; got {kv_layout!r}")
+        if isinstance(paged_kv_cache, list):
+            raise KeyError(
+                "paged_kv_cache must be a tuple (k, v) or one array; got a list: use tuple(...)"
+            )
+        page_axis = -3 if kv_layout == "NHD" else -2
+        if isinstance(paged_kv_cache, tuple):
+            if len(paged_kv_cache) != 2:
+                raise ValueError(f"paged_kv_cache must be (k, v); got {len(paged_kv_cache)} arrays")
+            k, v = (jnp.expand_dims(x, page_axis) if x.ndim == 3 else x for x in paged_kv_cache)
+            cache = cls((k, v), kv_layout)
+        else:
+            kv = paged_kv_cache
+            cache = cls(jnp.expand_dims(kv, page_axis) if kv.ndim == 4 else kv, kv_layout)
+        cache.check()
+        return cache
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError, with the reason, unless the arrays form a cache."""
+        check_choice("layout", self.layout, LAYOUTS)
+        if isinstance(self.data, tuple):
+            if len(self.data) != 2:
+                raise ValueError(f"a cache must be (k, v); got {len(self.data)} arrays")
+            k, v = self.data
+            check_shape(
+                "k pages",
+                k,
+                ("n", "p", "kh", "d") if self.layout == "NHD" else ("n", "kh", "p", "d"),
+            )
+            check_shape("v pages", v, k.shape)
+            if k.dtype != v.dtype:
+                raise TypeError(f"k and v pages must have one dtype; got {k.dtype} and {v.dtype}")
+            check_float("k pages", k)
+        else:
+            axes = ("p", "kh") if self.layout == "NHD" else ("kh", "p")
+            check_shape("a combined cache", self.data, ("n", 2, *axes, "d"))
+            check_float("a combined cache", self.data)
+
+    @property
+    def combined(self) -> bool:
+        """Whether one array holds both K and V."""
+        return not isinstance(self.data, tuple)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays that hold the cache: (k, v), or the one that holds both."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
+
+    @property
+    def k(self) -> Array:
+        """K pages [n, p, kh, d] (NHD) or [n, kh, p, d] (HND)."""
+        return self.data[0] if isinstance(self.data, tuple) else self.data[:, 0]
+
+    @property
+    def v(self) -> Array:
+        """V pages, shaped as K pages."""
+        return self.data[1] if isinstance(self.data, tuple) else self.data[:, 1]
+
+    @property
+    def num_pages(self) -> int:
+        return self.arrays[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.arrays[0].shape[-3 if self.layout == "NHD" else -2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.arrays[0].shape[-2 if self.layout == "NHD" else -3]
+
+    @property
+    def head_dim(self) -> int:
+        return self.arrays[0].shape[-1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.arrays[0].dtype
+
+    @property
+    def row_strides(self) -> RowStrides:
+        """The cache's arrangement, seen as rows of head_dim elements."""
+        heads, page_size = self.num_kv_heads, self.page_size
+        rows = heads * page_size
+        slot, head = (heads, 1) if self.layout == "NHD" else (1, page_size)
+        if self.combined:
+            return RowStrides(page=2 * rows, slot=slot, head=head, value=rows)
+        return RowStrides(page=rows, slot=slot, head=head, value=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """Which pages each request owns, in CSR form; a pytree of int32 arrays.
+
+    Attributes:
+      indptr: [b + 1], starts at 0, does not decrease. Request i owns `indices[indptr[i]:indptr[i + 1]]`.
+      indices: [capacity], page ids in [0, num_pages); entries from `indptr[b]` on are unused.
+      last_page_len: [b], tokens in the last page: 1 .. page_size, 0 for a request without pages.
+    """
+
+    indptr: Array
+    indices: Array
+    last_page_len: Array
+
+    @classmethod
+    def from_block_table(cls, block_table: Array, kv_len: Array, page_size: int) -> "PageTable":
+        """A table from dense rows.
+
+        Args:
+          block_table: int32 [b, w], page ids of request i in `block_table[i, :ceil(kv_len[i] / page_size)]`;
+            the rest of a row is ignored.
+          kv_len: int32 [b], tokens of each request, at most w * page_size.
+          page_size: tokens a page.
+        """
+        check_shape("block_table", block_table, ("b", "w"))
+        check_index("kv_len", kv_len, block_table.shape[0])
+        check_positive(page_size=page_size)
+        width = block_table.shape[1]
+        num_pages = -(-kv_len // page_size)
+        indptr = jnp.pad(jnp.cumsum(num_pages, dtype=jnp.int32), (1, 0))
+        column = jnp.arange(width, dtype=jnp.int32)[None, :]
+        entry = jnp.where(column < num_pages[:, None], indptr[:-1, None] + column, block_table.size)
+        indices = jnp.zeros(block_table.size, jnp.int32).at[entry].set(block_table, mode="drop")
+        last_page_len = jnp.where(num_pages > 0, kv_len - (num_pages - 1) * page_size, 0)
+        return cls(indptr, indices, last_page_len)
+
+    def to_block_table(self, max_pages: int) -> Array:
+        """Dense rows int32 [b, max_pages]; entries past a request's pages are -1."""
+        check_positive(max_pages=max_pages)
+        column = jnp.arange(max_pages, dtype=jnp.int32)[None, :]
+        entry = self.indptr[:-1, None] + column
+        owned = entry < self.indptr[1:, None]
+        return jnp.where(owned, self.indices.at[entry].get(mode="clip"), -1)
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError, with the reason, unless shapes and dtypes form a table."""
+        check_index("kv_indices", self.indices, "capacity")
+        check_index("kv_last_page_len", self.last_page_len, "b")
+        check_index("kv_indptr", self.indptr, self.batch_size + 1)
+
+    def kv_len(self, page_size: int) -> Array:
+        """int32 [b]: tokens of each request."""
+        return get_seq_lens(self.indptr, self.last_page_len, page_size)
+
+    @property
+    def batch_size(self) -> int:
+        return self.last_page_len.shape[0]
+
+
+def get_seq_lens(kv_indptr: Array, kv_last_page_len: Array, page_size: int) -> Array:
+    """Tokens of each request: `(pages - 1) * page_size + last_page_len`, 0 for a request without pages.
+
+    Args:
+      kv_indptr: int32 [b + 1].
+      kv_last_page_len: int32 [b].
+      page_size: tokens a page.
+
+    Returns:
+      int32 [b].
+    """
+    check_positive(page_size=page_size)
+    num_pages = kv_indptr[1:] - kv_indptr[:-1]
+    return jnp.where(num_pages > 0, (num_pages - 1) * page_size + kv_last_page_len, 0)
+
+
+def get_batch_indices_positions(
+    append_indptr: Array, seq_lens: Array, nnz: int
+) -> tuple[Array, Array]:
+    """For each appended token: its request, and its position in that request.
+
+    The appended tokens are the last ones of their requests.
+
+    Args:
+      append_indptr: int32 [b + 1]; request i appends tokens `append_indptr[i]:append_indptr[i + 1]`.
+      seq_lens: int32 [b], lengths after the append.
+      nnz: capacity of the result; rows from `append_indptr[b]` on are padding.
+
+    Returns:
+      (batch_indices int32 [nnz], positions int32 [nnz]); a padding row has batch index -1 and position 0.
+    """
+    check_index("seq_lens", seq_lens, "b")
+    check_index("append_indptr", append_indptr, seq_lens.shape[0] + 1)
+    row = jnp.arange(nnz, dtype=jnp.int32)
+    batch = jnp.searchsorted(append_indptr[1:], row, side="right").astype(jnp.int32)
+    used = row < append_indptr[-1]
+    position = row + (seq_lens - append_indptr[1:]).at[batch].get(mode="clip")
+    return jnp.where(used, batch, -1), jnp.where(used, position, 0)
