@@ -1,0 +1,29 @@
+"""Every op lowers to Triton for CUDA on a machine without a GPU and without JAX's CUDA plugin."""
+
+import jax
+import pytest
+
+from benchmarks.compile_report import CASES
+
+if jax.__version_info__ < (0, 11):
+    pytest.skip(
+        f"JAX {jax.__version__} cannot lower for an abstract GPU; 0.11 can", allow_module_level=True
+    )
+
+H200 = jax.sharding.AbstractMesh(
+    (1,),
+    ("x",),
+    abstract_device=jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H200", num_cores=None, platform="gpu"
+    ),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_lowers_for_cuda(case):
+    fn, args = case.build()
+    with jax.sharding.use_abstract_mesh(H200):
+        lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert "__gpu$xla.gpu.triton" in text
+    assert 'name = "jaxattn_' in text
