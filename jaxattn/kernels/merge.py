@@ -1,0 +1,319 @@
+"""Merging attention states, the outputs and logsumexps (v_i, s_i) of disjoint sets of keys:
+
+    s = log sum_i exp(s_i),   v = sum_i exp(s_i - s) v_i
+
+A state with s_i = -inf is empty: it contributes nothing, whatever its v_i holds, and where all are
+empty v = 0 and s = -inf. `merge_states` takes a dense array of states, `merge_splits` the partial
+states of the tiles that a plan has split, `merge_state` two arrays of states. Logarithms are
+natural or, for the first and the last, base 2.
+
+Axes: n rows (tokens), h query heads, kh KV heads, g = h // kh, d head dim, m merges.
+Grid: merge_states (n * h): a program merges the states of one row and head. merge_splits
+(programs): a program merges the partial states of every `programs`-th used row of a split tile.
+merge_state (n * h / BLOCK_ROWS).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxattn.device import num_sms
+from jaxattn.kernels._launch import launch
+
+# States a program reads at once: with 4 warps and head_dim 128 a thread holds 32 elements of them.
+BLOCK_STATES = 32
+# Rows of two states a program merges: 2048 elements of each at head_dim 128, 16 a thread.
+BLOCK_ROWS = 16
+# Programs of `merge_splits` that a multiprocessor holds: 4 warps of 80 registers a thread (H200).
+PROGRAMS_PER_SM = 6
+
+
+def _pow2(x: int) -> int:
+    """The least power of two that is not below x: the size of a tile that covers x elements."""
+    return 1 << (x - 1).bit_length()
+
+
+def _exp_log(lse_base: str):
+    return (jnp.exp, jnp.log) if lse_base == "ln" else (jnp.exp2, jnp.log2)
+
+
+def _merge_column(
+    v_ref,  # [rows, d]
+    s_ref,  # [rows]
+    first: jax.Array,
+    stride: int,
+    count: int | jax.Array,
+    *,
+    block: int,
+    lse_base: str = "ln",
+) -> tuple[jax.Array, jax.Array]:
+    """Merges the states in rows `first + i * stride`, 0 <= i < count.
+
+    Returns (v float32 [pow2(d)], s float32 []).
+    """
+    exp, log = _exp_log(lse_base)
+    d = v_ref.shape[1]
+    dims = jnp.arange(_pow2(d), dtype=jnp.int32)
+
+    def step(i, carry):
+        peak, total, acc = carry
+        state = i * block + jnp.arange(block, dtype=jnp.int32)
+        valid = state < count
+        row = first + state * stride
+        s = plgpu.load(s_ref.at[row], mask=valid, other=-jnp.inf).astype(jnp.float32)
+        inside = valid[:, None] & (dims < d)[None, :]
+        v = plgpu.load(v_ref.at[row[:, None], dims[None, :]], mask=inside, other=0.0)
+        # 0 * NaN is NaN: what an empty state holds is cleared.
+        v = jnp.where((s == -jnp.inf)[:, None], 0.0, v.astype(jnp.float32))
+        new_peak = jnp.maximum(peak, jnp.max(s))
+        # Without any state yet the peak is -inf, and -inf - -inf is NaN: shift by 0 there instead.
+        shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+        weights, rescale = exp(s - shift), exp(peak - shift)
+        total = total * rescale + jnp.sum(weights)
+        return new_peak, total, acc * rescale + jnp.sum(weights[:, None] * v, axis=0)
+
+    init = jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros(dims.shape, jnp.float32)
+    peak, total, acc = jax.lax.fori_loop(0, pl.cdiv(count, block), step, init)
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    return acc / total, jnp.where(empty, -jnp.inf, log(total) + peak)
+
+
+def _merge_states_kernel(
+    v_ref,  # [n * states * h, d]
+    s_ref,  # [n * states * h]
+    v_out_ref,  # [n * h, d]
+    s_out_ref,  # float32 [n * h]
+    *,
+    num_states: int,
+    num_heads: int,
+    lse_base: str,
+):
+    out_row = pl.program_id(0)
+    row, head = out_row // num_heads, out_row % num_heads
+    v, s = _merge_column(
+        v_ref,
+        s_ref,
+        row * num_states * num_heads + head,
+        num_heads,
+        num_states,
+        block=min(BLOCK_STATES, _pow2(num_states)),
+        lse_base=lse_base,
+    )
+    dims = jnp.arange(v.size, dtype=jnp.int32)
+    mask = dims < v_out_ref.shape[1]
+    plgpu.store(v_out_ref.at[out_row, dims], v.astype(v_out_ref.dtype), mask=mask)
+    s_out_ref[out_row] = s
+
+
+def merge_states(
+    v: jax.Array, s: jax.Array, *, lse_base: str, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """v [n, states, h, d], s [n, states, h] -> (v [n, h, d], s float32 [n, h])."""
+    n, num_states, h, d = v.shape
+    elements = min(BLOCK_STATES, _pow2(num_states)) * _pow2(d)
+    merged_v, merged_s = launch(
+        functools.partial(
+            _merge_states_kernel, num_states=num_states, num_heads=h, lse_base=lse_base
+        ),
+        v.reshape(-1, d),
+        s.reshape(-1),
+        name="jaxattn_merge_states",
+        grid=(n * h,),
+        out_shape=[((n * h, d), v.dtype), ((n * h,), jnp.float32)],
+        num_warps=max(1, min(4, elements // 1024)),
+        num_stages=1,
+        interpret=interpret,
+    )
+    return merged_v.reshape(n, h, d), merged_s.reshape(n, h)
+
+
+def _merge_splits_kernel(
+    o_in_ref,  # [t * h, d], the same memory as o_ref
+    lse_in_ref,  # float32 [t * h], as lse_ref
+    o_partial_ref,  # float32 [num_slots * kh * block_rows, d]
+    lse_partial_ref,  # float32 [num_slots * kh * block_rows]
+    merges_ref,  # int32 [m, 4]
+    o_ref,  # [t * h, d]
+    lse_ref,  # float32 [t * h]
+    *,
+    num_kv_heads: int,
+    group: int,
+    block_rows: int,
+    programs: int,
+):
+    # 1. What there is to do: few merges are used and their tiles may have few rows, so the
+    # programs share out just those.
+    num_merges = merges_ref.shape[0]
+    merge = jnp.arange(_pow2(num_merges), dtype=jnp.int32)
+    row_begin, row_end, _, count = (
+        plgpu.load(merges_ref.at[merge, field], mask=merge < num_merges, other=0)
+        for field in range(4)
+    )
+    num_used = jnp.max(jnp.where(count > 0, merge + 1, 0))
+    num_rows = jnp.max(jnp.where(count > 0, row_end - row_begin, 0))
+    num_units = num_used * num_rows * num_kv_heads
+    first = pl.program_id(0)
+
+    def one_row(i, carry):
+        # 2. A row of a tile, of one KV head.
+        unit = first + i * programs
+        r, head, merge = (
+            unit % num_rows,
+            unit // num_rows % num_kv_heads,
+            unit // (num_rows * num_kv_heads),
+        )
+        row_begin, row_end, slot, count = (merges_ref[merge, field] for field in range(4))
+        row = row_begin + r
+
+        @pl.when((row < row_end) & (count > 0))
+        def _():
+            # 3. Its partial states lie a slot apart.
+            o, lse = _merge_column(
+                o_partial_ref,
+                lse_partial_ref,
+                (slot * num_kv_heads + head) * block_rows + r,
+                num_kv_heads * block_rows,
+                count,
+                block=BLOCK_STATES,
+            )
+            out_row = (row // group * num_kv_heads + head) * group + row % group
+            dims = jnp.arange(o.size, dtype=jnp.int32)
+            mask = dims < o_ref.shape[1]
+            plgpu.store(o_ref.at[out_row, dims], o.astype(o_ref.dtype), mask=mask)
+            lse_ref[out_row] = lse
+
+        return carry
+
+    jax.lax.fori_loop(0, pl.cdiv(num_units - first, programs), one_row, 0)
+
+
+def merge_splits(
+    o: jax.Array,
+    lse: jax.Array,
+    o_partial: jax.Array,
+    lse_partial: jax.Array,
+    merges: jax.Array,
+    *,
+    num_kv_heads: int,
+    group: int,
+    block_rows: int,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges the partial states of split tiles into the outputs; other rows stay as they are.
+
+    Args:
+      o: [t * h, d]; aliased to the result.
+      lse: float32 [t * h], natural log; aliased to the result.
+      o_partial: float32 [num_slots * kh * block_rows, d]; row r of a tile, of KV head c, is row
+        `(slot * kh + c) * block_rows + r`.
+      lse_partial: float32 [num_slots * kh * block_rows], natural log.
+      merges: int32 [m, 4], a `plan.Merge` a row. Row r of a tile is query token
+        `(row_begin + r) // group` and query head `c * group + (row_begin + r) % group`.
+      num_kv_heads, group, block_rows: kh, h // kh, and the rows of a slot.
+
+    Returns:
+      (o, lse).
+    """
+    programs = min(merges.shape[0] * num_kv_heads * block_rows, PROGRAMS_PER_SM * num_sms())
+    o, lse = launch(
+        functools.partial(
+            _merge_splits_kernel,
+            num_kv_heads=num_kv_heads,
+            group=group,
+            block_rows=block_rows,
+            programs=programs,
+        ),
+        o,
+        lse,
+        o_partial,
+        lse_partial,
+        merges,
+        name="jaxattn_merge_splits",
+        grid=(programs,),
+        out_shape=[(o.shape, o.dtype), (lse.shape, lse.dtype)],
+        num_warps=4,
+        num_stages=1,
+        interpret=interpret,
+        aliases={0: 0, 1: 1},
+    )
+    return o, lse
+
+
+def _merge_state_kernel(
+    v_a_ref,  # [n * h, d]
+    s_a_ref,  # [n * h]
+    v_b_ref,  # [n * h, d]
+    s_b_ref,  # [n * h]
+    *refs,  # mask bool [n] if given; then v [n * h, d], s float32 [n * h]
+    num_heads: int,
+    lse_base: str,
+):
+    *mask_ref, v_ref, s_ref = refs
+    exp, log = _exp_log(lse_base)
+    num_rows, d = v_ref.shape
+    row = pl.program_id(0) * BLOCK_ROWS + jnp.arange(BLOCK_ROWS, dtype=jnp.int32)
+    dims = jnp.arange(_pow2(d), dtype=jnp.int32)
+    chosen = row < num_rows
+    if mask_ref:
+        chosen &= plgpu.load(mask_ref[0].at[row // num_heads], mask=chosen, other=False)
+    at = row[:, None], dims[None, :]
+    inside = chosen[:, None] & (dims < d)[None, :]
+
+    s_a, s_b = (
+        plgpu.load(ref.at[row], mask=chosen, other=-jnp.inf).astype(jnp.float32)
+        for ref in (s_a_ref, s_b_ref)
+    )
+    v_a, v_b = (plgpu.load(ref.at[at], mask=inside, other=0.0) for ref in (v_a_ref, v_b_ref))
+    peak = jnp.maximum(s_a, s_b)
+    # Where both are empty, -inf - -inf is NaN: shift by 0 there instead.
+    shift = jnp.where(peak == -jnp.inf, 0.0, peak)
+    weight_a, weight_b = exp(s_a - shift), exp(s_b - shift)
+    total = weight_a + weight_b
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    # 0 * NaN is NaN: what an empty state holds is cleared.
+    v_a = jnp.where((s_a == -jnp.inf)[:, None], 0.0, v_a.astype(jnp.float32))
+    v_b = jnp.where((s_b == -jnp.inf)[:, None], 0.0, v_b.astype(jnp.float32))
+    v = (weight_a / total)[:, None] * v_a + (weight_b / total)[:, None] * v_b
+    plgpu.store(v_ref.at[at], v.astype(v_ref.dtype), mask=inside)
+    plgpu.store(s_ref.at[row], jnp.where(empty, -jnp.inf, log(total) + peak), mask=chosen)
+
+
+def merge_state(
+    v_a: jax.Array,
+    s_a: jax.Array,
+    v_b: jax.Array,
+    s_b: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    in_place: bool,
+    lse_base: str,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """v [n, h, d], s [n, h] -> (v [n, h, d], s float32 [n, h]).
+
+    In place the results alias v_a and s_a (then float32), and the rows that `mask` (bool [n])
+    leaves out stay as they are.
+    """
+    n, h, d = v_a.shape
+    masks = () if mask is None else (mask,)
+    v, s = launch(
+        functools.partial(_merge_state_kernel, num_heads=h, lse_base=lse_base),
+        v_a.reshape(-1, d),
+        s_a.reshape(-1),
+        v_b.reshape(-1, d),
+        s_b.reshape(-1),
+        *masks,
+        name="jaxattn_merge_state",
+        grid=(pl.cdiv(n * h, BLOCK_ROWS),),
+        out_shape=[((n * h, d), v_a.dtype), ((n * h,), jnp.float32)],
+        num_warps=4,
+        num_stages=1,
+        interpret=interpret,
+        aliases={0: 0, 1: 1} if in_place else None,
+    )
+    return v.reshape(n, h, d), s.reshape(n, h)
