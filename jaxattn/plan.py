@@ -28,7 +28,7 @@ KV_BLOCK = 128  # keys; splits are cut at multiples of it, which every kernel ti
 MIN_ROWS = 16  # rows of the smallest tensor-core tile
 # Work items that fill a streaming multiprocessor. H200, 64 x 64 tiles: 2 programs fit at once. 16-row tiles
 # (decode): 4 was best; 2 lost 9% on 32 x 4096, 6 lost 10-20% to a second, partial wave.
-ITEMS_PER_SM = {16: 4, 64: 2}
+ITEMS_PER_SM = {16: 4, 32: 2, 64: 2}
 
 
 class WorkItem(NamedTuple):

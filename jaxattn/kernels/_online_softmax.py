@@ -1,0 +1,82 @@
+"""The online softmax: the one place where m, l and acc change.
+
+    m = max_j s_j,   l = sum_j exp(sm_scale (s_j - m)),   acc = sum_j exp(sm_scale (s_j - m)) v_j
+
+over the keys j seen so far; a new tile of keys rescales the old sums by exp(sm_scale (m_old - m_new))
+(FlashAttention-2, algorithm 1). Scores s = <q, k> stay unscaled: the scale is folded into the exponent, in base 2.
+
+Axes: r rows (query token x group), k keys of a tile, d head dim.
+"""
+
+import dataclasses
+import math
+import struct
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+
+
+class State(NamedTuple):
+    m: jax.Array  # float32 [r], of unscaled scores; -inf before the first key
+    l: jax.Array  # float32 [r]
+    acc: jax.Array  # float32 [r, d]
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineSoftmax:
+    sm_scale: float
+    interpret: bool
+
+    def init(self, rows: int, head_dim: int) -> State:
+        m = jnp.full((rows,), -jnp.inf, jnp.float32)
+        return State(m, jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, head_dim), jnp.float32))
+
+    def update(self, state: State, s: jax.Array, v: jax.Array) -> State:
+        """Takes in a tile: unscaled float32 scores s [r, k], -inf where masked, and values v [k, d]."""
+        m = jnp.maximum(state.m, jnp.max(s, axis=1))
+        # A row without any key yet has m = -inf, and -inf - -inf is NaN: shift by 0 there instead.
+        shift = jnp.where(m == -jnp.inf, 0.0, m) * -(self.sm_scale * LOG2E)
+        p = self._exp(s, jnp.broadcast_to(shift[:, None], s.shape))
+        alpha = self._exp(state.m, shift)
+        pv = dot(p.astype(v.dtype), v)
+        return State(m, state.l * alpha + jnp.sum(p, axis=1), state.acc * alpha[:, None] + pv)
+
+    def finalize(self, state: State) -> tuple[jax.Array, jax.Array]:
+        """The attention state (o [r, d], lse [r], natural log); a row without keys gives 0 and -inf."""
+        empty = state.l == 0.0
+        o = state.acc / jnp.where(empty, 1.0, state.l)[:, None]
+        lse = state.m * self.sm_scale + jnp.log2(jnp.where(empty, 1.0, state.l)) * LN2
+        return o, jnp.where(empty, -jnp.inf, lse)
+
+    def _exp(self, s: jax.Array, shift_log2: jax.Array) -> jax.Array:
+        """exp2(s * scale_log2 + shift_log2), as one FMA and one MUFU instruction.
+
+        `jnp.exp2` lowers to `ex2.approx` without flush-to-zero, which costs a compare and two multiplies more, and
+        Pallas never contracts the multiply and the add. H200, paged prefill 1 x 16384: 320 -> 429 TFLOP/s.
+        """
+        scale_log2 = self.sm_scale * LOG2E
+        if self.interpret:
+            return jnp.exp2(s * scale_log2 + shift_log2)
+        (scale_bits,) = struct.unpack("<I", struct.pack("<f", scale_log2))
+        asm = (
+            f"{{.reg .f32 t; fma.rn.f32 t, $1, 0f{scale_bits:08X}, $2; ex2.approx.ftz.f32 $0, t;}}"
+        )
+        (p,) = plgpu.elementwise_inline_asm(
+            asm,
+            args=[s, shift_log2],
+            constraints="=f,f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(s.shape, jnp.float32)],
+        )
+        return p
+
+
+def dot(a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:
+    """a @ b (a @ b.T) in float32; float32 inputs keep their precision instead of being cut to TF32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return plgpu.dot(a, b, trans_b=trans_b, precision=precision)

@@ -1,0 +1,126 @@
+"""Adversarial attention data, and the two-reference rule that judges a kernel."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxattn as ja
+
+
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """Requests with keys and values on permuted pages; every slot that no request owns is NaN."""
+
+    cache: ja.PagedKVCache
+    table: ja.PageTable
+    k: list[
+        np.ndarray
+    ]  # float32 [kv_len, kh, d] of each request, already rounded to the cache's dtype
+    v: list[np.ndarray]
+
+
+def rounded(x: np.ndarray, dtype) -> np.ndarray:
+    """x as the dtype stores it, in float32."""
+    return x.astype(jnp.dtype(dtype)).astype(np.float32)
+
+
+def make_paged(
+    kv_lens,
+    *,
+    page_size,
+    num_kv_heads=2,
+    head_dim=64,
+    dtype=jnp.bfloat16,
+    layout="NHD",
+    combined=False,
+    spare_pages=3,
+    spare_entries=5,
+    scale=1.0,
+    seed=0,
+) -> Paged:
+    rng = np.random.default_rng(seed)
+    counts = [-(-n // page_size) for n in kv_lens]
+    num_pages = sum(counts) + spare_pages
+    order = rng.permutation(num_pages).astype(np.int32)
+    pages = np.full((2, num_pages, page_size, num_kv_heads, head_dim), np.nan, np.float32)
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    tokens = []
+    for i, n in enumerate(kv_lens):
+        kv = rounded(scale * rng.standard_normal((2, n, num_kv_heads, head_dim), np.float32), dtype)
+        own = order[indptr[i] : indptr[i + 1]]
+        position = np.arange(n)
+        pages[:, own[position // page_size], position % page_size] = kv
+        tokens.append(kv)
+    indices = np.full(
+        indptr[-1] + spare_entries, num_pages + 7, np.int32
+    )  # unused entries: nonsense
+    indices[: indptr[-1]] = order[: indptr[-1]]
+    last = [n - (c - 1) * page_size if c else 0 for n, c in zip(kv_lens, counts, strict=True)]
+    if layout == "HND":
+        pages = pages.swapaxes(2, 3)
+    pages = jnp.asarray(pages).astype(dtype)
+    data = jnp.swapaxes(pages, 0, 1) if combined else (pages[0], pages[1])
+    table = ja.PageTable(jnp.asarray(indptr), jnp.asarray(indices), jnp.asarray(last, jnp.int32))
+    return Paged(
+        ja.PagedKVCache(data, layout), table, [kv[0] for kv in tokens], [kv[1] for kv in tokens]
+    )
+
+
+def dense_attention(q, k, v, *, sm_scale, causal, dtype, score_dtype=None):
+    """One request, q [t, h, d] and k, v [s, kh, d], every intermediate rounded to `dtype`: (o, lse) float32.
+
+    In float32 it is the truth; in a kernel's own dtype, the plain computation that a kernel must rival; where
+    scores overflow that dtype, score_dtype=jnp.float32 keeps them.
+    """
+    t, h, d = q.shape
+    s, kh, _ = k.shape
+    if t == 0 or s == 0:
+        return np.zeros((t, h, d), np.float32), np.full((t, h), -np.inf, np.float32)
+    q = q.swapaxes(0, 1)
+    k, v = (np.repeat(x.swapaxes(0, 1), h // kh, axis=0) for x in (k, v))
+    score_dtype = score_dtype or dtype
+    scores = rounded(q @ k.swapaxes(1, 2), score_dtype)
+    scores = rounded(scores * np.float32(sm_scale), score_dtype)
+    if causal:
+        seen = np.arange(s)[None, :] <= np.arange(t)[:, None] + s - t
+        scores = np.where(seen, scores, -np.inf)
+    peak = scores.max(axis=-1, keepdims=True)
+    peak = np.where(np.isneginf(peak), 0, peak)
+    weights = np.exp(scores - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    o = rounded(rounded(weights / np.where(total == 0, 1, total), dtype) @ v, dtype)
+    with np.errstate(divide="ignore"):
+        lse = np.log(total) + peak
+    return o.swapaxes(0, 1), lse[..., 0].T
+
+
+def dense_batch(qs, ks, vs, **how):
+    """`dense_attention` of each request, concatenated."""
+    states = [dense_attention(q, k, v, **how) for q, k, v in zip(qs, ks, vs, strict=True)]
+    return np.concatenate([o for o, _ in states]), np.concatenate([lse for _, lse in states])
+
+
+def assert_rivals(ours, truth, plain, dtype, what="o"):
+    """Our error is at most twice that of the plain same-dtype computation, give or take two ulp."""
+    ours, truth, plain = (np.asarray(x, np.float32) for x in (ours, truth, plain))
+    assert ours.shape == truth.shape
+    assert np.isfinite(ours).all(), f"{what} has {np.sum(~np.isfinite(ours))} non-finite elements"
+    if not truth.size:
+        return
+    error, plain_error = np.abs(ours - truth).max(), np.abs(plain - truth).max()
+    allowed = 2 * plain_error + 2 * float(jnp.finfo(dtype).eps) * np.abs(truth).max()
+    assert error <= allowed, f"{what}: {error=:.3g}, {plain_error=:.3g}, {allowed=:.3g}"
+
+
+def assert_lse(ours, truth):
+    """lse agrees to float32 rounding; rows without keys are -inf in both."""
+    ours, truth = np.asarray(ours), np.asarray(truth)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(truth))
+    np.testing.assert_allclose(ours, truth, rtol=2e-5, atol=2e-5)
+
+
+def same_bits(a, b) -> bool:
+    """Whether two arrays are equal to the bit, NaN included."""
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()

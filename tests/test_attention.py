@@ -1,0 +1,539 @@
+"""paged_decode, paged_prefill and ragged_prefill against dense float32 attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Paged, assert_lse, assert_rivals, dense_batch, make_paged, rounded, same_bits
+from jax.sharding import PartitionSpec as P
+
+import jaxattn as ja
+
+BACKENDS = ["interpret", "xla"]
+
+
+def edge_lengths(page_size):
+    """The lengths at which paging code breaks, and one that is split."""
+    return [0, 1, max(page_size - 1, 1), page_size, page_size + 1, 3 * page_size + 2, 700]
+
+
+def check_decode(paged, dtype, *, group, backend, sm_scale=None, scale=1.0):
+    cache, kh, d = paged.cache, paged.cache.num_kv_heads, paged.cache.head_dim
+    b = len(paged.k)
+    q = rounded(
+        scale * np.random.default_rng(1).standard_normal((b, kh * group, d), np.float32), dtype
+    )
+
+    @jax.jit
+    def decode(q, cache, table):
+        plan = ja.plan_decode(
+            table, page_size=cache.page_size, num_qo_heads=kh * group, num_kv_heads=kh
+        )
+        return ja.paged_decode(q, cache, plan, sm_scale=sm_scale, return_lse=True, backend=backend)
+
+    o, lse = decode(jnp.asarray(q).astype(dtype), cache, paged.table)
+    how = dict(sm_scale=sm_scale or d**-0.5, causal=False)
+    score_dtype = dtype if scale == 1.0 else jnp.float32
+    truth, truth_lse = dense_batch(q[:, None], paged.k, paged.v, dtype=jnp.float32, **how)
+    plain, _ = dense_batch(
+        q[:, None], paged.k, paged.v, dtype=dtype, score_dtype=score_dtype, **how
+    )
+    assert o.dtype == dtype
+    assert_rivals(o, truth, plain, dtype)
+    assert_lse(lse, truth_lse)
+
+
+def check_prefill(
+    paged, qo_lens, dtype, *, group, backend, causal, padding=3, sm_scale=None, scale=1.0
+):
+    cache, kh, d = paged.cache, paged.cache.num_kv_heads, paged.cache.head_dim
+    h, total = kh * group, sum(qo_lens)
+    q = rounded(
+        scale * np.random.default_rng(2).standard_normal((total + padding, h, d), np.float32), dtype
+    )
+    qo_indptr = np.concatenate([[0], np.cumsum(qo_lens)]).astype(np.int32)
+
+    @jax.jit
+    def prefill(q, qo_indptr, cache, table):
+        plan = ja.plan_prefill(
+            qo_indptr,
+            table,
+            page_size=cache.page_size,
+            num_qo_tokens=q.shape[0],
+            num_qo_heads=h,
+            num_kv_heads=kh,
+            causal=causal,
+        )
+        return ja.paged_prefill(q, cache, plan, sm_scale=sm_scale, return_lse=True, backend=backend)
+
+    o, lse = prefill(jnp.asarray(q).astype(dtype), jnp.asarray(qo_indptr), cache, paged.table)
+    score_dtype = dtype if scale == 1.0 else jnp.float32
+    compare_prefill(
+        o, lse, q, qo_lens, paged.k, paged.v, dtype, sm_scale or d**-0.5, causal, score_dtype
+    )
+
+
+def compare_prefill(o, lse, q, qo_lens, ks, vs, dtype, sm_scale, causal, score_dtype=None):
+    total = sum(qo_lens)
+    qs = np.split(q[:total], np.cumsum(qo_lens)[:-1])
+    how = dict(sm_scale=sm_scale, causal=causal)
+    truth, truth_lse = dense_batch(qs, ks, vs, dtype=jnp.float32, **how)
+    plain, _ = dense_batch(qs, ks, vs, dtype=dtype, score_dtype=score_dtype, **how)
+    assert_rivals(o[:total], truth, plain, dtype)
+    assert_lse(lse[:total], truth_lse)
+    np.testing.assert_array_equal(np.asarray(o[total:].astype(jnp.float32)), 0.0)
+    np.testing.assert_array_equal(np.asarray(lse[total:]), -np.inf)
+
+
+# Each row breaks another assumption: page sizes that are not powers of two, layouts, combined arrays, every dtype,
+# head dims that need padding, and groups that do not fill a tile.
+DECODE_CASES = [
+    # page_size, kh, group, head_dim, dtype, layout, combined
+    (1, 2, 4, 64, jnp.bfloat16, "NHD", False),
+    (5, 1, 3, 64, jnp.float16, "HND", False),
+    (16, 2, 1, 128, jnp.bfloat16, "NHD", True),
+    (16, 1, 7, 80, jnp.bfloat16, "HND", True),
+    (64, 1, 8, 96, jnp.float16, "NHD", False),
+    (16, 3, 5, 64, jnp.float32, "NHD", False),
+    (64, 1, 16, 256, jnp.bfloat16, "NHD", False),
+    (16, 1, 20, 64, jnp.bfloat16, "NHD", False),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size,kh,group,head_dim,dtype,layout,combined", DECODE_CASES)
+def test_decode(page_size, kh, group, head_dim, dtype, layout, combined, backend):
+    paged = make_paged(
+        edge_lengths(page_size),
+        page_size=page_size,
+        num_kv_heads=kh,
+        head_dim=head_dim,
+        dtype=dtype,
+        layout=layout,
+        combined=combined,
+    )
+    check_decode(paged, dtype, group=group, backend=backend)
+
+
+PREFILL_CASES = [
+    # page_size, kh, group, head_dim, dtype, layout, combined, causal
+    (1, 2, 4, 64, jnp.bfloat16, "NHD", False, True),
+    (5, 1, 3, 64, jnp.float16, "HND", False, True),
+    (16, 2, 1, 128, jnp.bfloat16, "NHD", True, False),
+    (16, 1, 7, 80, jnp.bfloat16, "HND", True, True),
+    (64, 1, 8, 96, jnp.float16, "NHD", False, False),
+    (16, 1, 5, 64, jnp.float32, "NHD", False, True),
+    (64, 1, 2, 256, jnp.bfloat16, "NHD", False, True),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size,kh,group,head_dim,dtype,layout,combined,causal", PREFILL_CASES)
+def test_paged_prefill(page_size, kh, group, head_dim, dtype, layout, combined, causal, backend):
+    # No queries, no keys, one of each, more queries than keys, a long prefix with few queries.
+    qo_lens = [3, 0, 1, page_size, 2 * page_size + 1, 40, 4]
+    kv_lens = [0, 5, 1, page_size, page_size + 1, 40, 500]
+    paged = make_paged(
+        kv_lens,
+        page_size=page_size,
+        num_kv_heads=kh,
+        head_dim=head_dim,
+        dtype=dtype,
+        layout=layout,
+        combined=combined,
+    )
+    check_prefill(paged, qo_lens, dtype, group=group, backend=backend, causal=causal)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_paged_prefill_of_few_rows(backend):
+    """Speculative verification: few rows a request, in the smallest tile."""
+    paged = make_paged([300, 2, 0, 77], page_size=16)
+    check_prefill(paged, [3, 2, 1, 1], jnp.bfloat16, group=3, backend=backend, causal=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_ragged_prefill(layout, causal, backend):
+    dtype, kh, group, d = jnp.float16, 2, 3, 64
+    qo_lens, kv_lens = [0, 3, 17, 40, 5], [4, 0, 17, 20, 130]
+    rng = np.random.default_rng(3)
+    spare = 4  # rows of k, v and q that no request owns
+    k, v = rounded(rng.standard_normal((2, sum(kv_lens) + spare, kh, d), np.float32), dtype)
+    k[-spare:], v[-spare:] = np.nan, np.nan
+    q = rounded(rng.standard_normal((sum(qo_lens) + spare, kh * group, d), np.float32), dtype)
+    qo_indptr, kv_indptr = (
+        jnp.asarray(np.concatenate([[0], np.cumsum(x)]), jnp.int32) for x in (qo_lens, kv_lens)
+    )
+    plan = ja.plan_ragged_prefill(
+        qo_indptr,
+        kv_indptr,
+        num_qo_tokens=q.shape[0],
+        num_qo_heads=kh * group,
+        num_kv_heads=kh,
+        causal=causal,
+    )
+    as_layout = (lambda x: x.swapaxes(0, 1)) if layout == "HND" else (lambda x: x)
+    o, lse = ja.ragged_prefill(
+        jnp.asarray(q).astype(dtype),
+        jnp.asarray(as_layout(k)).astype(dtype),
+        jnp.asarray(as_layout(v)).astype(dtype),
+        plan,
+        kv_layout=layout,
+        return_lse=True,
+        backend=backend,
+    )
+    cuts = np.cumsum(kv_lens)
+    ks, vs = np.split(k, cuts)[:-1], np.split(v, cuts)[:-1]
+    compare_prefill(o, lse, q, qo_lens, ks, vs, dtype, d**-0.5, causal)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp16_values_of_several_hundred(backend):
+    """Scores reach 10^7 and values 10^3: partial sums in float16 would overflow."""
+    paged = make_paged([700, 33], page_size=16, dtype=jnp.float16, scale=300.0)
+    check_decode(paged, jnp.float16, group=4, backend=backend, scale=300.0)
+    check_prefill(paged, [20, 33], jnp.float16, group=4, backend=backend, causal=True, scale=300.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sm_scale(backend):
+    paged = make_paged([90, 5], page_size=16)
+    check_decode(paged, jnp.bfloat16, group=2, backend=backend, sm_scale=0.5)
+    check_prefill(paged, [9, 5], jnp.bfloat16, group=2, backend=backend, causal=True, sm_scale=0.03)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shared_pages(backend):
+    """Two requests share a prefix; each equals itself alone."""
+    paged = make_paged([48, 64], page_size=16, seed=7)
+    indices = np.asarray(paged.table.indices).copy()
+    indices[3:5] = indices[0:2]  # request 1's first two pages are request 0's
+    table = ja.PageTable(paged.table.indptr, jnp.asarray(indices), paged.table.last_page_len)
+    paged.k[1][:32], paged.v[1][:32] = paged.k[0][:32], paged.v[0][:32]
+    check_decode(
+        type(paged)(paged.cache, table, paged.k, paged.v), jnp.bfloat16, group=4, backend=backend
+    )
+
+
+def decode_arguments(kv_lens, *, group=2, batch_seed=0, **how):
+    paged = make_paged(kv_lens, page_size=16, **how)
+    rng = np.random.default_rng(batch_seed)
+    shape = (len(kv_lens), paged.cache.num_kv_heads * group, paged.cache.head_dim)
+    q = jnp.asarray(rng.standard_normal(shape, np.float32)).astype(paged.cache.dtype)
+    return q, paged.cache, paged.table
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def decode(q, cache, table, backend="interpret"):
+    plan = ja.plan_decode(
+        table,
+        page_size=cache.page_size,
+        num_qo_heads=q.shape[-2],
+        num_kv_heads=cache.num_kv_heads,
+    )
+    return ja.paged_decode(q, cache, plan, return_lse=True, backend=backend)
+
+
+def test_page_order_changes_nothing():
+    """The same tokens on other pages give the same bits."""
+    q, cache, table = decode_arguments([40, 17, 300])
+    order = np.random.default_rng(5).permutation(cache.num_pages)
+    moved = ja.PagedKVCache(tuple(x[np.argsort(order)] for x in cache.data))
+    indices = np.asarray(table.indices)
+    indices = np.where(indices < cache.num_pages, order[np.minimum(indices, order.size - 1)], 0)
+    other = ja.PageTable(table.indptr, jnp.asarray(indices, jnp.int32), table.last_page_len)
+    for a, b in zip(decode(q, cache, table), decode(q, moved, other), strict=True):
+        assert same_bits(a, b)
+
+
+def test_decode_is_the_last_row_of_prefill():
+    q, cache, table = decode_arguments([33, 1, 200])
+    plan = ja.plan_prefill(
+        jnp.arange(4, dtype=jnp.int32),
+        table,
+        page_size=16,
+        num_qo_tokens=3,
+        num_qo_heads=q.shape[1],
+        num_kv_heads=cache.num_kv_heads,
+    )
+    o, lse = ja.paged_prefill(q, cache, plan, return_lse=True, backend="interpret")
+    for a, b in zip((o, lse), decode(q, cache, table), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a.astype(jnp.float32)), np.asarray(b.astype(jnp.float32)), atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap(backend):
+    a, b = (decode_arguments([33, 0, 200], seed=seed, batch_seed=seed) for seed in (0, 1))
+    stacked = jax.tree.map(lambda x, y: jnp.stack([x, y]), a, b)
+    o, lse = jax.vmap(lambda q, cache, table: decode(q, cache, table, backend))(*stacked)
+    for i, one in enumerate((a, b)):
+        want_o, want_lse = decode(*one, backend)
+        np.testing.assert_allclose(
+            np.asarray(o[i].astype(jnp.float32)),
+            np.asarray(want_o.astype(jnp.float32)),
+            atol=1e-2,
+        )
+        np.testing.assert_allclose(np.asarray(lse[i]), np.asarray(want_lse), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_prefill(backend):
+    @jax.jit
+    def prefill(q, cache, table):
+        plan = ja.plan_prefill(
+            jnp.asarray([0, 2, 5], jnp.int32),
+            table,
+            page_size=16,
+            num_qo_tokens=q.shape[0],
+            num_qo_heads=q.shape[1],
+            num_kv_heads=cache.num_kv_heads,
+        )
+        return ja.paged_prefill(q, cache, plan, backend=backend).astype(jnp.float32)
+
+    _, cache, table = decode_arguments([33, 20])
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 4, 64), np.float32))
+    q = q.astype(cache.dtype)
+    o = jax.vmap(prefill, in_axes=(0, None, None))(q, cache, table)
+    for i in range(2):
+        np.testing.assert_allclose(
+            np.asarray(o[i]), np.asarray(prefill(q[i], cache, table)), atol=1e-2
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scan_and_while(backend):
+    """The plan is made inside the loop, from lengths that the loop carries."""
+    q, cache, _ = decode_arguments([64, 64])
+    block_table = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+    cache = ja.PagedKVCache(tuple(jnp.nan_to_num(x) for x in cache.data))
+
+    def step(kv_len):
+        table = ja.PageTable.from_block_table(block_table, kv_len, 16)
+        return decode(q, cache, table, backend)[0].astype(jnp.float32)
+
+    start = jnp.asarray([0, 7], jnp.int32)
+    _, outs = jax.jit(lambda: jax.lax.scan(lambda n, _: (n + 1, step(n)), start, length=3))()
+    for i in range(3):
+        np.testing.assert_allclose(np.asarray(outs[i]), np.asarray(step(start + i)), atol=1e-2)
+    _, last = jax.lax.while_loop(
+        lambda c: c[0][0] < 3, lambda c: (c[0] + 1, step(c[0])), (start, jnp.zeros_like(outs[0]))
+    )
+    np.testing.assert_allclose(np.asarray(last), np.asarray(outs[2]), atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shard_map_over_kv_heads(backend):
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    q, cache, table = decode_arguments([33, 0, 200])
+    mesh = jax.make_mesh((2,), ("kv",), axis_types=(jax.sharding.AxisType.Auto,))
+    kv = P(None, None, "kv")
+    sharded = jax.shard_map(
+        lambda q, cache, table: decode(q, cache, table, backend),
+        mesh=mesh,
+        in_specs=(P(None, "kv"), kv, P()),
+        out_specs=P(None, "kv"),
+        check_vma=backend != "interpret",  # Pallas's interpreter cannot follow varying axes
+    )
+    for a, b in zip(
+        jax.jit(sharded)(q, cache, table), decode(q, cache, table, backend), strict=True
+    ):
+        np.testing.assert_allclose(
+            np.asarray(a.astype(jnp.float32)), np.asarray(b.astype(jnp.float32)), atol=1e-2
+        )
+
+
+@pytest.mark.parametrize("backend", [None, "interpret"])
+def test_gradient_is_the_references(backend):
+    q, cache, table = decode_arguments([33, 0, 60], dtype=jnp.float32)
+    cache = ja.PagedKVCache(tuple(jnp.nan_to_num(x) for x in cache.data))
+
+    def loss(q, cache, backend):
+        o, lse = decode(q, cache, table, backend)
+        return jnp.sum(o**2) + jnp.sum(jnp.where(lse == -jnp.inf, 0.0, lse))
+
+    ours = jax.grad(loss, argnums=(0, 1))(q, cache, backend)
+    want = jax.grad(loss, argnums=(0, 1))(q, cache, "xla")
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
+        assert np.abs(np.asarray(b)).max() > 0
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-4, atol=2e-5)
+
+
+def test_lengths_never_recompile():
+    traces = []
+
+    @jax.jit
+    def step(q, cache, table):
+        traces.append(1)
+        return decode(q, cache, table, "xla")
+
+    q, cache, _ = decode_arguments([64, 64])
+    block_table = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+    for lens in ([1, 64], [0, 0], [33, 16]):
+        step(q, cache, ja.PageTable.from_block_table(block_table, jnp.asarray(lens), 16))
+    assert len(traces) == 1 and step._cache_size() == 1
+
+
+ERRORS = [
+    (
+        lambda q, c, t, p: ja.paged_decode(q[:1], c, p),
+        ValueError,
+        r"q must have shape \[2, 4, head",
+    ),
+    (lambda q, c, t, p: ja.paged_decode(q[:, :2], c, p), ValueError, "q must have shape"),
+    (lambda q, c, t, p: ja.paged_decode(q[..., :32], c, p), ValueError, "must have head_dim=32"),
+    (
+        lambda q, c, t, p: ja.paged_decode(q.astype(jnp.float32), c, p),
+        TypeError,
+        "q and paged_kv_cache must have the same dtype",
+    ),
+    (
+        lambda q, c, t, p: ja.paged_decode(q.astype(jnp.int32), c, p),
+        TypeError,
+        "q must be one of float16",
+    ),
+    (
+        lambda q, c, t, p: ja.paged_decode(q, ja.PagedKVCache.zeros(4, 8, 2, 64, jnp.bfloat16), p),
+        ValueError,
+        "must have page_size=16, as plan; got page_size=8",
+    ),
+    (
+        lambda q, c, t, p: ja.paged_decode(q, ja.PagedKVCache.zeros(4, 16, 4, 64, jnp.bfloat16), p),
+        ValueError,
+        "must have num_kv_heads=2",
+    ),
+    (lambda q, c, t, p: ja.paged_decode(q, c, t), TypeError, "plan must come from plan_decode"),
+    (lambda q, c, t, p: ja.paged_prefill(q, c, p), TypeError, "plan must come from plan_prefill"),
+    (lambda q, c, t, p: ja.paged_decode(q, c, p, sm_scale=0.0), ValueError, "must be positive"),
+    (
+        lambda q, c, t, p: ja.paged_decode(q, c, p, backend="cuda"),
+        ValueError,
+        "backend must be one of None, 'triton'",
+    ),
+    (
+        lambda q, c, t, p: jax.jit(lambda s: ja.paged_decode(q, c, p, sm_scale=s))(1.0),
+        TypeError,
+        "sm_scale must be a Python float",
+    ),
+]
+
+
+@pytest.mark.parametrize("call,error,message", ERRORS)
+def test_errors(call, error, message):
+    q, cache, table = decode_arguments([20, 3])
+    plan = ja.plan_decode(table, page_size=16, num_qo_heads=4, num_kv_heads=2)
+    with pytest.raises(error, match=message):
+        call(q, cache, table, plan)
+
+
+def test_plans_of_the_other_kind_of_keys_are_errors():
+    q, cache, table = decode_arguments([20, 3])
+    indptr = jnp.asarray([0, 1, 2], jnp.int32)
+    heads = dict(num_qo_tokens=2, num_qo_heads=4, num_kv_heads=2)
+    ragged = ja.plan_ragged_prefill(indptr, indptr, **heads)
+    paged = ja.plan_prefill(indptr, table, page_size=16, **heads)
+    with pytest.raises(ValueError, match="use plan_prefill"):
+        ja.paged_prefill(q, cache, ragged)
+    with pytest.raises(ValueError, match="use plan_ragged_prefill"):
+        ja.ragged_prefill(q, q[:, :2], q[:, :2], paged)
+    with pytest.raises(ValueError, match=r"k must have shape \[num_kv_tokens, 2, 64\]"):
+        ja.ragged_prefill(q, q, q, ragged)
+    with pytest.raises(ValueError, match="kv_layout must be one of"):
+        ja.ragged_prefill(q, q, q, ragged, kv_layout="NDH")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the error of a machine without a GPU")
+def test_triton_without_a_gpu_says_what_can_run():
+    q, cache, table = decode_arguments([20, 3])
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU.*'xla', 'interpret'"):
+        decode(q, cache, table, "triton")
+
+
+# On the GPU: the same cases compiled, and real sizes.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size,kh,group,head_dim,dtype,layout,combined", DECODE_CASES)
+def test_decode_gpu(page_size, kh, group, head_dim, dtype, layout, combined):
+    paged = make_paged(
+        [*edge_lengths(page_size), 5000, 4096],
+        page_size=page_size,
+        num_kv_heads=kh,
+        head_dim=head_dim,
+        dtype=dtype,
+        layout=layout,
+        combined=combined,
+    )
+    check_decode(paged, dtype, group=group, backend=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size,kh,group,head_dim,dtype,layout,combined,causal", PREFILL_CASES)
+def test_paged_prefill_gpu(page_size, kh, group, head_dim, dtype, layout, combined, causal):
+    qo_lens = [3, 0, 1, page_size, 2 * page_size + 1, 400, 4, 129]
+    kv_lens = [0, 5, 1, page_size, page_size + 1, 400, 5000, 1000]
+    paged = make_paged(
+        kv_lens,
+        page_size=page_size,
+        num_kv_heads=kh,
+        head_dim=head_dim,
+        dtype=dtype,
+        layout=layout,
+        combined=combined,
+    )
+    check_prefill(paged, qo_lens, dtype, group=group, backend=None, causal=causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("page_size", [1, 5, 16, 64])
+def test_llama_shapes_gpu(page_size, dtype):
+    paged = make_paged(
+        [8192, 1, 0, 4095, 4096, 4097, 333],
+        page_size=page_size,
+        num_kv_heads=8,
+        head_dim=128,
+        dtype=dtype,
+    )
+    check_decode(paged, dtype, group=4, backend=None)
+    check_prefill(paged, [4, 1, 0, 2, 4, 3, 2], dtype, group=4, backend=None, causal=True)
+    check_prefill(paged, [512, 1, 0, 500, 4, 64, 333], dtype, group=4, backend=None, causal=True)
+
+
+@pytest.mark.gpu
+def test_fp16_values_of_several_hundred_gpu():
+    paged = make_paged([700, 33], page_size=16, dtype=jnp.float16, head_dim=128, scale=300.0)
+    check_decode(paged, jnp.float16, group=4, backend=None, scale=300.0)
+    check_prefill(paged, [20, 33], jnp.float16, group=4, backend=None, causal=True, scale=300.0)
+
+
+@pytest.mark.gpu
+def test_skew_gpu():
+    paged = make_paged([100_000, *[50] * 63], page_size=16, num_kv_heads=2, head_dim=128)
+    check_decode(paged, jnp.bfloat16, group=4, backend=None)
+
+
+@pytest.mark.gpu
+def test_cache_beyond_2_31_elements_gpu():
+    """Pages whose element offsets do not fit 32 bits: first, last, and around the boundary."""
+    page_size, kh, d = 16, 8, 128
+    num_pages = 2**31 // (page_size * kh * d) + 1000
+    boundary = 2**31 // (page_size * kh * d)
+    own = np.asarray([num_pages - 1, 0, boundary, boundary - 1, 5], np.int32)
+    rng = np.random.default_rng(0)
+    kv = rounded(rng.standard_normal((2, own.size * page_size, kh, d), np.float32), jnp.bfloat16)
+    cache = ja.PagedKVCache.zeros(num_pages, page_size, kh, d, jnp.bfloat16)
+    table = ja.PageTable(
+        jnp.asarray([0, own.size], jnp.int32), jnp.asarray(own), jnp.asarray([page_size], jnp.int32)
+    )
+    tokens = np.arange(own.size * page_size, dtype=np.int32)
+    append = jax.jit(ja.append_paged_kv_cache, donate_argnums=4)
+    k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in kv)
+    cache = append(k, v, jnp.zeros_like(tokens), jnp.asarray(tokens), cache, table)
+    check_decode(Paged(cache, table, [kv[0]], [kv[1]]), jnp.bfloat16, group=4, backend=None)
