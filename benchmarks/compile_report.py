@@ -276,7 +276,6 @@ def _prefill(
             num_qo_tokens=q.shape[0],
             num_qo_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=d,
         )
         return ja.paged_prefill(q, cache, plan)
 
@@ -292,7 +291,6 @@ def _ragged_prefill(heads: int, kv_heads: int, d: int, dtype: Any = jnp.bfloat16
             num_qo_tokens=q.shape[0],
             num_qo_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=d,
         )
         return ja.ragged_prefill(q, k, v, plan)
 

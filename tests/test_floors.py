@@ -15,9 +15,11 @@ FLOORS = [
     ["kv_cache"],
     ["dispatch", "plan", "kernels._*"],
     ["reference"],
+    ["kernels.merge"],
     ["kernels.*"],
-    ["append", "decode", "merge", "norm", "prefill", "rope"],
+    ["append", "attention", "merge", "norm", "rope"],
     ["wrappers"],
+    ["models.checkpoint"],
     ["models.*"],
     ["__init__", "generate"],
 ]
