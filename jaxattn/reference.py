@@ -141,38 +141,49 @@ def ragged_prefill(
     return _prefill(q, k, v, jnp.where(owned, request, -1), position, plan, sm_scale, return_lse)
 
 
-def merge_states(v: Array, s: Array) -> tuple[Array, Array]:
+def merge_states(v: Array, s: Array, *, lse_base: str = "ln") -> tuple[Array, Array]:
     """Attention states of disjoint key sets into one: `lse = logsumexp_j s_j`, `o = sum_j exp(s_j - lse) v_j`.
 
     Args:
       v: [n, states, h, d].
-      s: [n, states, h], natural log; -inf marks an empty state, whose v is ignored.
+      s: [n, states, h]; -inf marks an empty state, whose v is ignored.
+      lse_base: "ln" or "log2", the logarithm of s.
 
     Returns:
       (v [n, h, d] in v's dtype, s float32 [n, h]).
     """
+    exp, log = (jnp.exp, jnp.log) if lse_base == "ln" else (jnp.exp2, jnp.log2)
     s = s.astype(jnp.float32)
     peak = jnp.max(s, axis=1, keepdims=True, initial=-jnp.inf)
     peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
-    weights = jnp.exp(s - peak)
+    weights = exp(s - peak)
     total = weights.sum(axis=1)
     empty = total == 0
     values = jnp.where((s == -jnp.inf)[..., None], 0, v).astype(jnp.float32)
     o = (weights[..., None] * values).sum(axis=1) / jnp.where(empty, 1, total)[..., None]
-    lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + peak[:, 0])
+    lse = jnp.where(empty, -jnp.inf, log(jnp.where(empty, 1, total)) + peak[:, 0])
     return o.astype(v.dtype), lse
 
 
-def merge_state(v_a: Array, s_a: Array, v_b: Array, s_b: Array) -> tuple[Array, Array]:
+def merge_state(
+    v_a: Array, s_a: Array, v_b: Array, s_b: Array, *, lse_base: str = "ln"
+) -> tuple[Array, Array]:
     """Two attention states into one; v [n, h, d], s [n, h]."""
-    return merge_states(jnp.stack([v_a, v_b], axis=1), jnp.stack([s_a, s_b], axis=1))
+    v, s = jnp.stack([v_a, v_b], axis=1), jnp.stack([s_a, s_b], axis=1)
+    return merge_states(v, s, lse_base=lse_base)
 
 
 def merge_state_in_place(
-    v: Array, s: Array, v_other: Array, s_other: Array, mask: Array | None = None
+    v: Array,
+    s: Array,
+    v_other: Array,
+    s_other: Array,
+    mask: Array | None = None,
+    *,
+    lse_base: str = "ln",
 ) -> tuple[Array, Array]:
     """`merge_state` in the rows that mask (bool [n]) selects; the other rows keep v and s."""
-    merged_v, merged_s = merge_state(v, s, v_other, s_other)
+    merged_v, merged_s = merge_state(v, s, v_other, s_other, lse_base=lse_base)
     if mask is None:
         return merged_v, merged_s
     return jnp.where(mask[:, None, None], merged_v, v), jnp.where(mask[:, None], merged_s, s)
@@ -266,7 +277,7 @@ def append_paged_kv_cache(
     batch = jnp.where(valid, batch_indices, 0)
     entry = table.indptr[batch] + positions // p
     valid &= entry < table.indptr[batch + 1]
-    page = table.indices.at[entry].get(mode="clip")
+    page = table.indices.at[entry].get(mode="fill", fill_value=-1)
     valid &= (page >= 0) & (page < cache.num_pages)
     page = jnp.where(valid, page, cache.num_pages)
     slot = positions % p
