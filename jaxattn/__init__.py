@@ -1,11 +1,35 @@
 """Attention over a paged KV cache, norms and rotary embedding for serving language models in JAX."""
 
+from jaxattn.append import append_paged_kv_cache as append_paged_kv_cache
+from jaxattn.attention import paged_decode as paged_decode
+from jaxattn.attention import paged_prefill as paged_prefill
+from jaxattn.attention import ragged_prefill as ragged_prefill
 from jaxattn.kv_cache import PagedKVCache as PagedKVCache
 from jaxattn.kv_cache import PageTable as PageTable
 from jaxattn.kv_cache import get_batch_indices_positions as get_batch_indices_positions
 from jaxattn.kv_cache import get_seq_lens as get_seq_lens
+from jaxattn.merge import merge_state as merge_state
+from jaxattn.merge import merge_state_in_place as merge_state_in_place
+from jaxattn.merge import merge_states as merge_states
+from jaxattn.norm import fused_add_rmsnorm as fused_add_rmsnorm
+from jaxattn.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
+from jaxattn.norm import gemma_rmsnorm as gemma_rmsnorm
+from jaxattn.norm import rmsnorm as rmsnorm
 from jaxattn.plan import DecodePlan as DecodePlan
 from jaxattn.plan import PrefillPlan as PrefillPlan
 from jaxattn.plan import plan_decode as plan_decode
 from jaxattn.plan import plan_prefill as plan_prefill
 from jaxattn.plan import plan_ragged_prefill as plan_ragged_prefill
+from jaxattn.rope import apply_llama31_rope as apply_llama31_rope
+from jaxattn.rope import apply_llama31_rope_inplace as apply_llama31_rope_inplace
+from jaxattn.rope import apply_llama31_rope_pos_ids as apply_llama31_rope_pos_ids
+from jaxattn.rope import apply_llama31_rope_pos_ids_inplace as apply_llama31_rope_pos_ids_inplace
+from jaxattn.rope import apply_rope as apply_rope
+from jaxattn.rope import apply_rope_inplace as apply_rope_inplace
+from jaxattn.rope import apply_rope_pos_ids as apply_rope_pos_ids
+from jaxattn.rope import apply_rope_pos_ids_inplace as apply_rope_pos_ids_inplace
+from jaxattn.rope import apply_rope_with_cos_sin_cache as apply_rope_with_cos_sin_cache
+from jaxattn.rope import (
+    apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
+)
+from jaxattn.rope import precompute_freqs_cis as precompute_freqs_cis
