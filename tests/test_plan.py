@@ -1,0 +1,205 @@
+"""Plans: every row meets every key it sees exactly once, within capacities that shapes alone fix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattn as ja
+from jaxattn.plan import KV_BLOCK, Merge, WorkItem
+
+NUM_SMS = 132
+DECODE_STATICS = ["page_size", "num_qo_heads", "num_kv_heads", "num_sms"]
+plan_decode = jax.jit(ja.plan_decode, static_argnames=DECODE_STATICS)
+plan_prefill = jax.jit(
+    ja.plan_prefill, static_argnames=[*DECODE_STATICS, "num_qo_tokens", "causal"]
+)
+
+
+def table_of(kv_lens, page_size):
+    counts = [-(-n // page_size) for n in kv_lens]
+    indptr = jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32)
+    last = [n - (c - 1) * page_size if c else 0 for n, c in zip(kv_lens, counts, strict=True)]
+    indices = jnp.zeros(max(sum(counts), 1), jnp.int32)
+    return ja.PageTable(indptr, indices, jnp.asarray(last, jnp.int32))
+
+
+def items_of(plan):
+    items = [WorkItem(*row) for row in np.asarray(plan.items)]
+    merges = [Merge(*row) for row in np.asarray(plan.merges)]
+    return items, merges
+
+
+def check_coverage(plan, keys_of_row):
+    """The items of each tile cut the keys its rows see; split tiles, and only they, are merged."""
+    items, merges = items_of(plan)
+    tiles = {}
+    for item in items:
+        if item.row_end > item.row_begin:
+            tiles.setdefault((item.row_begin, item.row_end), []).append(item)
+    rows = sorted(r for begin, end in tiles for r in range(begin, end))
+    assert rows == list(range(len(keys_of_row))), "each packed row lies in exactly one tile"
+    slots = []
+    for (begin, end), pieces in tiles.items():
+        assert end - begin <= plan.block_rows
+        pieces.sort(key=lambda item: item.kv_begin)
+        assert pieces[0].kv_begin == 0
+        for a, b in zip(pieces, pieces[1:], strict=False):
+            assert a.kv_end == b.kv_begin and a.kv_end > a.kv_begin and a.kv_end % KV_BLOCK == 0
+        assert pieces[-1].kv_end == max(keys_of_row[begin:end])
+        merge = [m for m in merges if (m.row_begin, m.row_end) == (begin, end) and m.count]
+        if len(pieces) == 1:
+            assert pieces[0].slot == -1 and not merge
+        else:
+            assert [p.slot for p in pieces] == list(
+                range(merge[0].slot, merge[0].slot + merge[0].count)
+            )
+            assert len(merge) == 1
+            slots += [p.slot for p in pieces]
+    assert len(slots) == len(set(slots)) and all(0 <= s < plan.num_slots for s in slots)
+
+
+DECODE_LENGTHS = {
+    "uniform": [8192] * 64,
+    "skew": [100_000] + [50] * 63,
+    "one long": [131_072],
+    "edges": [0, 1, 127, 128, 129, 0, 4097],
+    "nothing": [0, 0, 0],
+    "random": np.random.default_rng(0).integers(0, 20_000, 100).tolist(),
+}
+
+
+@pytest.mark.parametrize("lengths", DECODE_LENGTHS.values(), ids=DECODE_LENGTHS.keys())
+@pytest.mark.parametrize("heads,kv_heads", [(32, 8), (32, 32), (8, 1), (21, 3)])
+def test_decode_plan(lengths, heads, kv_heads):
+    plan = plan_decode(
+        table_of(lengths, 16),
+        page_size=16,
+        num_qo_heads=heads,
+        num_kv_heads=kv_heads,
+        num_sms=NUM_SMS,
+    )
+    group = heads // kv_heads
+    check_coverage(plan, np.repeat(lengths, group))
+    np.testing.assert_array_equal(plan.kv_len, lengths)
+
+
+@pytest.mark.parametrize("lengths", DECODE_LENGTHS.values(), ids=DECODE_LENGTHS.keys())
+def test_decode_plan_fills_the_gpu(lengths):
+    """No program has more than a fair share of the keys, rounded up to a block, whatever the mix."""
+    kv_heads = 8
+    plan = plan_decode(
+        table_of(lengths, 1), page_size=1, num_qo_heads=32, num_kv_heads=kv_heads, num_sms=NUM_SMS
+    )
+    fill = 4 * NUM_SMS / kv_heads
+    assert plan.items.shape[0] >= len(lengths) + fill
+    items, _ = items_of(plan)
+    longest = max(item.kv_end - item.kv_begin for item in items)
+    assert longest <= max(sum(lengths) / fill + 2 * KV_BLOCK, KV_BLOCK)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads,kv_heads", [(32, 8), (8, 8), (21, 3)])
+@pytest.mark.parametrize(
+    "qo_lens,kv_lens",
+    [
+        ([512], [32_768]),
+        ([4] * 32, [4096] * 32),
+        ([0, 3, 1, 100, 50], [7, 0, 1, 100, 20]),
+        ([1] * 63 + [700], [100_000] + [60] * 62 + [700]),
+    ],
+)
+def test_prefill_plan(qo_lens, kv_lens, heads, kv_heads, causal):
+    group, padding = heads // kv_heads, 5
+    plan = plan_prefill(
+        jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32),
+        table_of(kv_lens, 16),
+        page_size=16,
+        num_qo_tokens=sum(qo_lens) + padding,
+        num_qo_heads=heads,
+        num_kv_heads=kv_heads,
+        causal=causal,
+        num_sms=NUM_SMS,
+    )
+    keys = [
+        np.clip(kv_len - qo_len + 1 + np.arange(qo_len), 0, kv_len) if causal else [kv_len] * qo_len
+        for qo_len, kv_len in zip(qo_lens, kv_lens, strict=True)
+    ]
+    keys = np.concatenate([*keys, np.zeros(padding)]).astype(int)
+    check_coverage(plan, np.repeat(keys, group))
+
+
+def test_ragged_plan():
+    qo, kv = [3, 0, 40], [5, 9, 30]
+    plan = ja.plan_ragged_prefill(
+        jnp.asarray([0, 3, 3, 43], jnp.int32),
+        jnp.asarray([0, 5, 14, 44], jnp.int32),
+        num_qo_tokens=43,
+        num_qo_heads=4,
+        num_kv_heads=2,
+        causal=False,
+    )
+    check_coverage(plan, np.repeat(np.repeat(kv, qo), 2))
+    np.testing.assert_array_equal(plan.page_start, [0, 5, 14])
+
+
+def test_other_lengths_reuse_the_compiled_plan():
+    make = jax.jit(
+        lambda table: ja.plan_decode(table, page_size=16, num_qo_heads=8, num_kv_heads=2)
+    )
+    block_table = jnp.arange(64, dtype=jnp.int32).reshape(4, 16)
+    for lengths in ([0, 0, 0, 0], [1, 256, 16, 17], [256] * 4):
+        make(ja.PageTable.from_block_table(block_table, jnp.asarray(lengths, jnp.int32), 16))
+    assert make._cache_size() == 1
+
+
+def test_plan_under_vmap():
+    tables = [table_of([30, 0, 5], 16), table_of([17, 0, 8], 16)]
+    plan = lambda table: ja.plan_decode(table, page_size=16, num_qo_heads=4, num_kv_heads=2)
+    both = jax.vmap(plan)(jax.tree.map(lambda a, b: jnp.stack([a, b]), *tables))
+    for i, table in enumerate(tables):
+        for got, want in zip(jax.tree.leaves(both), jax.tree.leaves(plan(table)), strict=True):
+            np.testing.assert_array_equal(got[i], want)
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (dict(num_qo_heads=6, num_kv_heads=4), ValueError, "multiple of num_kv_heads"),
+        (dict(num_kv_heads=0), ValueError, "num_kv_heads must be a positive integer; got 0"),
+        (dict(page_size=0), ValueError, "page_size must be a positive integer"),
+        (dict(num_qo_tokens=0), ValueError, "num_qo_tokens must be a positive integer"),
+        (dict(qo_indptr=jnp.zeros(2, jnp.int32)), ValueError, r"qo_indptr must have shape \[3\]"),
+        (dict(qo_indptr=jnp.zeros(3)), TypeError, r"qo_indptr must be int32; got float32"),
+    ],
+)
+def test_plan_errors(change, error, message):
+    args = dict(page_size=16, num_qo_heads=4, num_kv_heads=2, num_qo_tokens=4)
+    args |= dict(qo_indptr=jnp.asarray([0, 1, 4], jnp.int32), page_table=table_of([4, 4], 16))
+    with pytest.raises(error, match=message):
+        ja.plan_prefill(**(args | change))
+
+
+@pytest.mark.parametrize(
+    "table,error,message",
+    [
+        (
+            lambda t: ja.PageTable(t.indptr[:-1], t.indices, t.last_page_len),
+            ValueError,
+            "kv_indptr",
+        ),
+        (
+            lambda t: ja.PageTable(t.indptr, t.indices[None], t.last_page_len),
+            ValueError,
+            "kv_indices",
+        ),
+        (
+            lambda t: ja.PageTable(t.indptr, t.indices, t.last_page_len.astype(jnp.float32)),
+            TypeError,
+            "kv_last_page_len must be int32; got float32",
+        ),
+    ],
+)
+def test_page_table_errors(table, error, message):
+    with pytest.raises(error, match=message):
+        ja.plan_decode(table(table_of([4, 4], 16)), page_size=16, num_qo_heads=4, num_kv_heads=2)
