@@ -1,0 +1,108 @@
+"""Checkpoints in Hugging Face's format: a folder with `config.json` and safetensors files.
+
+The tensors lie in `model.safetensors`, or in shards that `model.safetensors.index.json` lists.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxattn.checks import FLOAT_DTYPES
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(folder: str | Path, name: str) -> dict[str, Any]:
+    """One of a checkpoint's JSON files.
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+      ValueError: the file holds no JSON object.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"a model must be a local folder with config.json; there is no folder {str(folder)!r}"
+        )
+    path = folder / name
+    if not path.exists():
+        raise FileNotFoundError(f"{name} is missing in {str(folder)!r}")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object; got {type(content).__name__}")
+    return content
+
+
+class Checkpoint:
+    """A checkpoint's tensors by name, read one at a time: no more than one is in host memory.
+
+    Raises:
+      FileNotFoundError: no weights in the folder, or a shard is missing.
+      ImportError: safetensors is not installed.
+      ValueError: a file is not in the safetensors format.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if (self.folder / INDEX).exists():
+            index = read_json(folder, INDEX).get("weight_map")
+            if not isinstance(index, dict):
+                raise ValueError(f"{INDEX} in {str(folder)!r} has no 'weight_map'")
+            self._file_of = {name: self.folder / file for name, file in index.items()}
+            for path in sorted(set(self._file_of.values())):
+                if not path.exists():
+                    raise FileNotFoundError(
+                        f"{path.name}, which {INDEX} lists, is missing in {str(folder)!r}"
+                    )
+        elif (self.folder / WEIGHTS).exists():
+            path = self.folder / WEIGHTS
+            with _open(path) as tensors:
+                self._file_of = {name: path for name in tensors.keys()}
+        else:
+            raise FileNotFoundError(
+                f"neither {WEIGHTS} nor {INDEX} is in {str(folder)!r}: only safetensors are read"
+            )
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor `name`, float16, bfloat16 or float32.
+
+        Raises:
+          ValueError: no such tensor, or one of another shape.
+          TypeError: a tensor of another dtype.
+        """
+        if name not in self._file_of:
+            raise ValueError(f"the checkpoint {str(self.folder)!r} has no tensor {name!r}")
+        with _open(self._file_of[name]) as tensors:
+            if name not in tensors.keys():
+                file = self._file_of[name].name
+                raise ValueError(f"{INDEX} places {name!r} in {file}, which does not hold it")
+            came = tuple(tensors.get_slice(name).get_shape())
+            if came != shape:
+                raise ValueError(
+                    f"tensor {name!r} must have shape {list(shape)} (config.json); got {list(came)}"
+                )
+            tensor = tensors.get_tensor(name)
+        if tensor.dtype.name not in FLOAT_DTYPES:
+            raise TypeError(
+                f"tensor {name!r} must be one of {', '.join(FLOAT_DTYPES)}; got {tensor.dtype.name}"
+            )
+        return tensor
+
+
+def _open(path: Path) -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            "reading a checkpoint needs safetensors: pip install 'jaxattn[models]'"
+        ) from error
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not a complete safetensors file: {error}") from error

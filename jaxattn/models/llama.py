@@ -1,0 +1,466 @@
+"""Llama, Mistral, Qwen2 and Qwen3 decoders on jaxattn's ops: pure functions over a tree of weights.
+
+    x = embed(tokens)
+    each layer:  x += o_proj(attention(rope(qkv_proj(norm(x)))))
+                 x += down_proj(silu(gate) * up),  [gate, up] = gate_up_proj(norm(x))
+    logits = lm_head(norm(x))
+
+A sum and the norm that follows it are one op, so the code carries pairs (normed, residual) and a
+layer ends with the next layer's norm. Prefill and decode are one `forward` over ragged tokens; the
+plan says which attention runs.
+
+Axes: t tokens, b requests, h query heads, kh KV heads, d head dim.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxattn.append import append_paged_kv_cache
+from jaxattn.attention import paged_decode, paged_prefill
+from jaxattn.checks import check_heads, check_positive
+from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.models.checkpoint import Checkpoint, read_json
+from jaxattn.norm import fused_add_rmsnorm, rmsnorm
+from jaxattn.plan import DecodePlan, PrefillPlan
+from jaxattn.rope import apply_rope_with_cos_sin_cache_inplace, precompute_freqs_cis
+
+Caches = tuple[PagedKVCache, ...]
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Arguments of `precompute_freqs_cis`; the last three are set for Llama-3.1 scaling."""
+
+    rope_theta: float = 10000.0
+    rope_scale: float = 1.0
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    old_context_len: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and options of a decoder; hashable, so static under jit."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
+    sliding_window: int | None = None  # keys a token may see; contexts beyond it are refused
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> "LlamaConfig":
+        """The config that a Hugging Face `config.json` describes.
+
+        Raises:
+          ValueError: an unknown architecture, a missing or impossible entry.
+          NotImplementedError: an option that is not built; the message names it.
+        """
+        architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"unknown architecture {architecture!r}; supported: {', '.join(ARCHITECTURES)}"
+            )
+        _refuse(raw, "hidden_act", "silu")
+        _refuse(raw, "quantization_config", None)
+        qwen2, qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
+        attention_bias = not qwen2 and bool(raw.get("attention_bias"))
+        heads, hidden = _entry(raw, "num_attention_heads"), _entry(raw, "hidden_size")
+        config = cls(
+            vocab_size=_entry(raw, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_entry(raw, "intermediate_size"),
+            num_layers=_entry(raw, "num_hidden_layers"),
+            num_qo_heads=heads,
+            num_kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or hidden // heads,
+            rms_norm_eps=_entry(raw, "rms_norm_eps"),
+            max_position_embeddings=_entry(raw, "max_position_embeddings"),
+            rope=_rope_config(raw),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            qkv_bias=qwen2 or attention_bias,
+            o_bias=attention_bias,
+            mlp_bias=bool(raw.get("mlp_bias")),
+            qk_norm=qwen3,
+            sliding_window=_sliding_window(architecture, raw),
+            eos_token_ids=_token_ids(raw.get("eos_token_id")),
+        )
+        check_heads(config.num_qo_heads, config.num_kv_heads)
+        return config
+
+
+class Linear(NamedTuple):
+    """`x @ weight.T + bias`."""
+
+    weight: Any  # [out, in]
+    bias: Any = None  # [out]
+
+
+class Layer(NamedTuple):
+    """Weights of one layer."""
+
+    input_norm: Any  # [hidden]
+    qkv_proj: Linear  # q, k and v stacked: out = (h + 2 kh) * d
+    q_norm: Any  # [d], or None
+    k_norm: Any
+    o_proj: Linear
+    post_norm: Any  # [hidden]
+    gate_up_proj: Linear  # gate and up stacked: out = 2 * intermediate
+    down_proj: Linear
+
+
+class Params(NamedTuple):
+    """Weights of a decoder, a pytree."""
+
+    embed_tokens: Any  # [vocab, hidden]
+    layers: tuple[Layer, ...]
+    norm: Any  # [hidden]
+    lm_head: Any  # [vocab, hidden], or None: the embedding's
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a weight comes from: a checkpoint's tensors, stacked along their first axis."""
+
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of each
+
+
+def sources(config: LlamaConfig) -> Params:
+    """The tree of weights with a `Source` for each: a checkpoint's tensor names and shapes."""
+    hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
+    q_out, kv_out = config.num_qo_heads * d, config.num_kv_heads * d
+
+    def one(name: str, *shape: int) -> Source:
+        return Source(((name, shape),))
+
+    def linear(prefix: str, outs: dict[str, int], size: int, bias: bool) -> Linear:
+        weights = Source(tuple((f"{prefix}{x}.weight", (out, size)) for x, out in outs.items()))
+        biases = Source(tuple((f"{prefix}{x}.bias", (out,)) for x, out in outs.items()))
+        return Linear(weights, biases if bias else None)
+
+    def layer(i: int) -> Layer:
+        prefix = f"model.layers.{i}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        qkv = {"q_proj": q_out, "k_proj": kv_out, "v_proj": kv_out}
+        return Layer(
+            input_norm=one(prefix + "input_layernorm.weight", hidden),
+            qkv_proj=linear(attention, qkv, hidden, config.qkv_bias),
+            q_norm=one(attention + "q_norm.weight", d) if config.qk_norm else None,
+            k_norm=one(attention + "k_norm.weight", d) if config.qk_norm else None,
+            o_proj=linear(attention, {"o_proj": hidden}, q_out, config.o_bias),
+            post_norm=one(prefix + "post_attention_layernorm.weight", hidden),
+            gate_up_proj=linear(
+                mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias
+            ),
+            down_proj=linear(mlp, {"down_proj": hidden}, inner, config.mlp_bias),
+        )
+
+    vocab = (config.vocab_size, hidden)
+    return Params(
+        embed_tokens=one("model.embed_tokens.weight", *vocab),
+        layers=tuple(layer(i) for i in range(config.num_layers)),
+        norm=one("model.norm.weight", hidden),
+        lm_head=None if config.tie_word_embeddings else one("lm_head.weight", *vocab),
+    )
+
+
+def load(
+    path: str | Path,
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[LlamaConfig, Params]:
+    """Reads a Hugging Face checkpoint (config.json and safetensors) onto JAX's default device.
+
+    Args:
+      path: a local folder.
+      dtype: float16, bfloat16 or float32 for all weights; default: the embedding's, as stored.
+      progress: called with (weights read, weights in all) after each weight. Weights are read one
+        at a time, so that host memory never holds the model.
+
+    Returns:
+      (config, params); config.eos_token_ids are those of generation_config.json where it names any.
+
+    Raises:
+      FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
+      ValueError: an unknown architecture; a missing tensor, or one whose shape is not
+        config.json's; a broken file.
+      TypeError: a tensor that is not float16, bfloat16 or float32.
+      NotImplementedError: an option that is not built; the message names it.
+      ImportError: safetensors is not installed.
+    """
+    config = LlamaConfig.from_hf(read_json(path, "config.json"))
+    if (Path(path) / "generation_config.json").exists():
+        eos = read_json(path, "generation_config.json").get("eos_token_id")
+        if eos is not None:
+            config = dataclasses.replace(config, eos_token_ids=_token_ids(eos))
+    checkpoint = Checkpoint(path)
+    wanted, tree = jax.tree.flatten(sources(config))
+    weights: list[Array] = []
+    for source in wanted:
+        parts = [checkpoint.read(name, shape) for name, shape in source.tensors]
+        # The embedding is the tree's first leaf, so `dtype` holds from the first weight on.
+        dtype = parts[0].dtype if dtype is None else dtype
+        weights.append(jnp.asarray(np.concatenate([part.astype(dtype) for part in parts])))
+        if progress:
+            progress(len(weights), len(wanted))
+    return config, jax.tree.unflatten(tree, weights)
+
+
+def empty_caches(
+    config: LlamaConfig, num_pages: int, page_size: int, dtype: jax.typing.DTypeLike
+) -> Caches:
+    """One empty cache per layer; `dtype` is the weights'."""
+    return tuple(
+        PagedKVCache.zeros(num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
+        for _ in range(config.num_layers)
+    )
+
+
+def rope_table(config: LlamaConfig, max_context: int) -> Array:
+    """The cos/sin table float32 [max_context, d] for positions 0 .. max_context - 1.
+
+    Raises:
+      ValueError: the model was not made for so long a context.
+      NotImplementedError: the context exceeds the model's sliding window.
+    """
+    check_positive(max_context=max_context)
+    if max_context > config.max_position_embeddings:
+        raise ValueError(
+            f"a context of {max_context} tokens exceeds {config.max_position_embeddings=}: "
+            "shorten the prompt or generate fewer tokens"
+        )
+    if config.sliding_window is not None and max_context > config.sliding_window:
+        raise NotImplementedError(
+            f"sliding-window attention is not built: a context of {max_context} tokens exceeds "
+            f"{config.sliding_window=}"
+        )
+    return precompute_freqs_cis(config.head_dim, max_context, **dataclasses.asdict(config.rope))
+
+
+class Batch(NamedTuple):
+    """What one call of the model works on: ragged tokens, and the pages they belong to."""
+
+    tokens: Array  # int32 [t]
+    positions: Array  # int32 [t], each token's position in its request
+    batch_indices: Array  # int32 [t], each token's request; -1 for padding, which is not appended
+    page_table: PageTable  # of b requests, these tokens already counted
+    plan: (
+        PrefillPlan | DecodePlan
+    )  # of this page table; for a DecodePlan token i is request i's only one
+
+
+def forward(
+    params: Params,
+    config: LlamaConfig,
+    batch: Batch,
+    caches: Caches,
+    cos_sin_cache: Array,
+    rows: Array,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Caches]:
+    """Appends a batch's tokens to the caches and computes the logits that follow some of them.
+
+    Args:
+      params, config: from `load`.
+      batch: t tokens of b requests.
+      caches: one per layer, in the weights' dtype; updated in place where donated.
+      cos_sin_cache: from `rope_table`.
+      rows: int32 [r], the tokens whose logits are wanted.
+      backend: "triton", "xla", "interpret" or None, for every op.
+
+    Returns:
+      (logits float32 [r, vocab], caches).
+    """
+    residual = params.embed_tokens[batch.tokens]
+    x = rmsnorm(residual, params.layers[0].input_norm, config.rms_norm_eps, backend=backend)
+    next_norms = [layer.input_norm for layer in params.layers[1:]] + [params.norm]
+    updated = []
+    for layer, next_norm, cache in zip(params.layers, next_norms, caches, strict=True):
+        x, residual, cache = _layer(
+            layer, next_norm, x, residual, batch, cache, cos_sin_cache, config, backend
+        )
+        updated.append(cache)
+    head = params.embed_tokens if params.lm_head is None else params.lm_head
+    return _matmul(x[rows], head), tuple(updated)
+
+
+def prefill(
+    params: Params,
+    config: LlamaConfig,
+    batch: Batch,
+    caches: Caches,
+    cos_sin_cache: Array,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Caches]:
+    """`forward` over prompts, or chunks of them.
+
+    Returns:
+      (logits float32 [b, vocab] after each request's last token, caches); a request without tokens
+      in the batch gets logits of no meaning.
+    """
+    if not isinstance(batch.plan, PrefillPlan):
+        raise TypeError(f"prefill needs a plan from plan_prefill; got {type(batch.plan).__name__}")
+    last = jnp.maximum(batch.plan.qo_indptr[1:] - 1, 0)
+    return forward(params, config, batch, caches, cos_sin_cache, last, backend=backend)
+
+
+def decode_step(
+    params: Params,
+    config: LlamaConfig,
+    batch: Batch,
+    caches: Caches,
+    cos_sin_cache: Array,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Caches]:
+    """`forward` over one token of each request: logits float32 [b, vocab] after it."""
+    if not isinstance(batch.plan, DecodePlan):
+        raise TypeError(
+            f"decode_step needs a plan from plan_decode; got {type(batch.plan).__name__}"
+        )
+    every = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+    return forward(params, config, batch, caches, cos_sin_cache, every, backend=backend)
+
+
+# A jit of its own, so that a model's layers are traced and lowered once, not once each.
+@functools.partial(jax.jit, static_argnames=("config", "backend"))
+def _layer(
+    layer: Layer,
+    next_norm: Array,
+    x: Array,
+    residual: Array,
+    batch: Batch,
+    cache: PagedKVCache,
+    cos_sin_cache: Array,
+    config: LlamaConfig,
+    backend: str | None,
+) -> tuple[Array, Array, PagedKVCache]:
+    """One layer: (normed x, residual, cache) to the next layer's."""
+    t, d, eps = x.shape[0], config.head_dim, config.rms_norm_eps
+    q_out, kv_out = config.num_qo_heads * d, config.num_kv_heads * d
+
+    q, k, v = jnp.split(_linear(x, layer.qkv_proj), (q_out, q_out + kv_out), axis=1)
+    if config.qk_norm:
+        q = rmsnorm(q.reshape(t, -1, d), layer.q_norm, eps, backend=backend).reshape(t, -1)
+        k = rmsnorm(k.reshape(t, -1, d), layer.k_norm, eps, backend=backend).reshape(t, -1)
+    q, k = apply_rope_with_cos_sin_cache_inplace(
+        batch.positions, q, k, d, cos_sin_cache, backend=backend
+    )
+    q, k, v = (y.reshape(t, -1, d) for y in (q, k, v))
+    cache = append_paged_kv_cache(
+        k, v, batch.batch_indices, batch.positions, cache, batch.page_table, backend=backend
+    )
+    if isinstance(batch.plan, DecodePlan):
+        o = paged_decode(q, cache, batch.plan, backend=backend)
+    else:
+        o = paged_prefill(q, cache, batch.plan, backend=backend)
+    o = _linear(o.reshape(t, -1), layer.o_proj)
+    x, residual = fused_add_rmsnorm(o, residual, layer.post_norm, eps, backend=backend)
+
+    gate, up = jnp.split(_linear(x, layer.gate_up_proj), 2, axis=1)
+    gated = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    down = _linear(gated.astype(x.dtype), layer.down_proj)
+    x, residual = fused_add_rmsnorm(down, residual, next_norm, eps, backend=backend)
+    return x, residual, cache
+
+
+def _linear(x: Array, linear: Linear) -> Array:
+    y = _matmul(x, linear.weight)
+    if linear.bias is not None:
+        y = y + linear.bias.astype(jnp.float32)[None, :]
+    return y.astype(x.dtype)
+
+
+def _matmul(x: Array, weight: Array) -> Array:
+    """`x @ weight.T` in float32; float32 inputs are not rounded to a GPU's TensorFloat-32."""
+    return jnp.einsum(
+        "ti,oi->to",
+        x,
+        weight,
+        precision="highest" if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _entry(raw: Mapping[str, Any], name: str) -> Any:
+    if raw.get(name) is None:
+        raise ValueError(f"config.json has no {name!r}")
+    return raw[name]
+
+
+def _refuse(raw: Mapping[str, Any], name: str, supported: Any) -> None:
+    came = raw.get(name, supported)
+    if came != supported:
+        raise NotImplementedError(f"{name}={came!r} is not built; supported: {supported!r}")
+
+
+def _rope_config(raw: Mapping[str, Any]) -> RopeConfig:
+    """From `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before)."""
+    rope = {**raw, **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    theta = rope.get("rope_theta") or 10000.0
+    _refuse(rope, "partial_rotary_factor", 1.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, _entry(rope, "factor"))
+    if kind == "llama3":
+        return RopeConfig(
+            theta,
+            _entry(rope, "factor"),
+            _entry(rope, "low_freq_factor"),
+            _entry(rope, "high_freq_factor"),
+            _entry(rope, "original_max_position_embeddings"),
+        )
+    raise NotImplementedError(
+        f"rope_type={kind!r} is not built; supported: 'default', 'linear', 'llama3'"
+    )
+
+
+def _sliding_window(architecture: str, raw: Mapping[str, Any]) -> int | None:
+    """The window, if a layer has one: Mistral's do, Qwen's where its options say so."""
+    if architecture.startswith("Llama"):
+        return None
+    if architecture.startswith("Qwen"):
+        layers = raw.get("num_hidden_layers", 0)
+        kinds = raw.get("layer_types")
+        windowed = raw.get("max_window_layers", 0) < layers
+        if kinds is not None:
+            windowed = "sliding_attention" in kinds
+        if not (raw.get("use_sliding_window") and windowed):
+            return None
+    return raw.get("sliding_window")
+
+
+def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
