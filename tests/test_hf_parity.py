@@ -1,0 +1,99 @@
+"""Parity with Hugging Face's models, on checkpoints that transformers saved."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import paged_logits, random_prompts
+
+from jaxattn.generate import generate
+from jaxattn.models import llama
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what these libraries warn of on import is theirs
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+SIZES = dict(
+    vocab_size=256,
+    hidden_size=96,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.1,
+    eos_token_id=None,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+
+MODELS = {
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **SIZES, head_dim=32, rope_parameters=LLAMA3, tie_word_embeddings=True
+        )
+    ),
+    "llama_with_biases": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, head_dim=16, attention_bias=True, mlp_bias=True)
+    ),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES, head_dim=32)
+    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=16)),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def models(request, tmp_path_factory):
+    """(transformers' model, config, params) of one checkpoint."""
+    torch.manual_seed(0)
+    model = MODELS[request.param]().eval()
+    with torch.no_grad():  # transformers starts with norms of one and biases of zero
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder, max_shard_size="100KB" if "qwen" in request.param else "1GB")
+    assert (folder / "model.safetensors.index.json").exists() == ("qwen" in request.param)
+    return model, *llama.load(folder)
+
+
+@torch.no_grad()
+def theirs(model, tokens) -> np.ndarray:
+    return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [dict(), dict(piece=7), dict(decode=True)],
+    ids=["prefill", "chunked_prefill", "decode"],
+)
+def test_logits(models, how):
+    model, config, params = models
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    requests = random_prompts([3, 40, 17])
+    logits = paged_logits(params, config, requests, **how)
+    for ours, tokens in zip(logits, requests, strict=True):
+        np.testing.assert_allclose(ours, theirs(model, tokens), atol=1e-4, rtol=0)
+
+
+def test_greedy_tokens(models):
+    model, config, params = models
+    prompts = random_prompts([5, 70, 18])
+    whole = generate(params, config, prompts, max_new_tokens=64).tokens
+    chunked = generate(params, config, prompts, max_new_tokens=64, prefill_chunk=13).tokens
+    assert chunked == whole
+    # If each token is their choice after the same tokens before it, theirs are the same.
+    for prompt, tokens in zip(prompts, whole, strict=True):
+        logits = theirs(model, prompt + tokens[:-1])[len(prompt) - 1 :]
+        assert logits.argmax(axis=-1).tolist() == tokens
