@@ -145,7 +145,7 @@ def split_ptx(ptx: str) -> dict[str, str]:
     return {re.match(r"\w+", piece)[0]: piece for piece in pieces}  # type: ignore[index]
 
 
-def count_instructions(body: str) -> dict[str, int]:
+def count_instructions(body: str) -> dict[str, Any]:
     """Tensor-core and asynchronous-copy instructions of one kernel's PTX."""
     return {
         "wgmma": len(re.findall(r"\bwgmma\.mma_async\b", body)),
@@ -429,8 +429,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no case matches --only {options.only!r}")
 
     def compile_case(case: Case) -> list[KernelReport]:
-        fn, args = case.build()
-        return compile_for(options.target, fn, *args)
+        try:
+            fn, args = case.build()
+            return compile_for(options.target, fn, *args)
+        except Exception as error:
+            error.add_note(f"while compiling {case.name!r} for {options.target}")
+            raise
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(zip(cases, pool.map(compile_case, cases), strict=True))
