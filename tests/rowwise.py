@@ -1,0 +1,55 @@
+"""Data and judgement for the ops that work row by row: norms, rotary embedding, append, merge."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+F32_EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+def normal(shape, dtype=jnp.float32, *, seed=0, scale=1.0):
+    """Normal numbers, made on the device: the GPU's cases have gigabytes of them."""
+    return (scale * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
+
+
+def assert_rounded_once(ours, truth, dtype):
+    """Ours is the float32 truth, rounded once to dtype; some float32 ulp apart before that."""
+    assert ours.dtype == dtype
+    assert ours.shape == truth.shape
+    ours, truth = (np.asarray(x.astype(jnp.float32)) for x in (ours, truth))
+    if not truth.size:
+        return
+    finite = truth[np.isfinite(truth)]
+    peak = float(np.abs(finite).max()) if finite.size else 0.0
+    half_ulp = 0.0 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(ours, truth, rtol=half_ulp + 16 * F32_EPS, atol=8 * F32_EPS * peak)
+
+
+def same(a, b):
+    """Whether two pytrees of arrays are equal, NaN included."""
+    a, b = (jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32)), t) for t in (a, b))
+    return all(
+        np.array_equal(x, y, equal_nan=True)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def compile_in_place(fn, donated, *args):
+    """`fn`, compiled with these arguments donated; its results must take all their memory."""
+    compiled = jax.jit(fn, donate_argnums=donated).lower(*args).compile()
+    size = sum(x.size * x.dtype.itemsize for i in donated for x in jax.tree.leaves(args[i]))
+    assert compiled.memory_analysis().alias_size_in_bytes == size
+    return compiled
+
+
+def assert_no_copy(compiled):
+    """The program copies no buffer and holds no other one of any size."""
+    copies = [line for line in compiled.as_text().splitlines() if re.search(r"\bcopy\S*\(", line)]
+    assert not copies
+    assert compiled.memory_analysis().temp_size_in_bytes < 8192
+
+
+def two_devices():
+    return jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
