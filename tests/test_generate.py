@@ -1,0 +1,321 @@
+"""Generation: the loop against dense attention, its limits, draws, memory and command line.
+
+The oracle is `dense_logits` of the demo, which knows neither pages nor kernels.
+"""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import CONFIG, random_params, random_prompts
+
+from examples import demo
+from jaxattn.generate import (
+    Requests,
+    Sampling,
+    State,
+    _compile_for,
+    allocate_pages,
+    decode_steps,
+    generate,
+    main,
+    sample,
+)
+from jaxattn.models import llama
+
+PARAMS = random_params(CONFIG)
+PROMPTS = random_prompts([1, 30, 9, 16])
+LIMITS = [20, 9, 1, 33]
+
+
+@pytest.fixture(scope="module")
+def greedy() -> list[list[int]]:
+    return generate(PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS).tokens
+
+
+def test_greedy_tokens_are_dense_attentions(greedy):
+    assert list(map(len, greedy)) == LIMITS
+    # If each token is dense attention's choice after those before it, its greedy tokens are these.
+    for prompt, tokens in zip(PROMPTS, greedy, strict=True):
+        before = jnp.asarray(prompt + tokens[:-1], jnp.int32)
+        logits = demo.dense_logits(PARAMS, CONFIG, before, jnp.float32)[len(prompt) - 1 :]
+        assert np.argmax(logits, axis=-1).tolist() == tokens
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(prefill_chunk=7),
+        dict(prefill_chunk=1, stream_every=5),
+        dict(page_size=1, num_pages=200),
+        dict(seed=1, stream_every=100),
+    ],
+    ids=str,
+)
+def test_how_it_is_cut_changes_no_token(greedy, how):
+    assert generate(PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS, **how).tokens == greedy
+
+
+def test_a_prompt_alone_gives_what_it_gives_in_a_batch(greedy):
+    alone = generate(PARAMS, CONFIG, PROMPTS[1:2], max_new_tokens=LIMITS[1])
+    assert alone.tokens == greedy[1:2]
+
+
+def test_eos_ends_a_request_and_no_other(greedy):
+    eos = [greedy[0][4], greedy[3][0]]
+    result = generate(PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS, eos_token_ids=eos)
+    for tokens, full in zip(result.tokens, greedy, strict=True):
+        ends = [i for i, token in enumerate(full) if token in eos]
+        assert tokens == full[: ends[0] + 1 if ends else None]
+    assert len(result.tokens[0]) <= 5 and len(result.tokens[3]) == 1
+
+
+def test_tokens_stream_in_chunks(greedy):
+    pieces = [[] for _ in PROMPTS]
+    progress = []
+    generate(
+        PARAMS,
+        CONFIG,
+        PROMPTS,
+        max_new_tokens=LIMITS,
+        prefill_chunk=7,
+        stream_every=5,
+        stream=lambda request, tokens: pieces[request].append(tokens),
+        progress=lambda *args: progress.append(args),
+    )
+    assert [sum(request, []) for request in pieces] == greedy
+    assert [len(piece) for piece in pieces[0]] == [1, 5, 5, 5, 4]
+    assert progress[0] == (7, 56) and progress[-1] == (56, 56) and len(progress) == 8
+
+
+def test_draws_follow_the_seed_alone():
+    def draw(**how):
+        options = dict(max_new_tokens=12, temperature=0.9, top_p=0.95) | how
+        return generate(PARAMS, CONFIG, PROMPTS, **options).tokens
+
+    first = draw(seed=3)
+    assert draw(seed=3, prefill_chunk=7, stream_every=5) == first
+    assert draw(seed=4) != first
+    twins = generate(PARAMS, CONFIG, PROMPTS[:1] * 2, max_new_tokens=12, temperature=1.0).tokens
+    assert twins[0] != twins[1]
+
+
+def test_sample():
+    logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.3, 0.1], [0.25, 0.2, 0.3, 0.25]], jnp.float32))
+
+    def drawn(request, n=500, **how):
+        keys = jax.random.split(jax.random.key(0), n)
+        rows = jnp.broadcast_to(logits[request], (n, 4))
+        tokens = np.asarray(sample(rows, keys, Sampling(**how)))
+        return np.bincount(tokens, minlength=4) / n
+
+    assert sample(logits, jax.random.split(jax.random.key(0), 2), Sampling()).tolist() == [1, 2]
+    np.testing.assert_allclose(drawn(0, temperature=1.0), [0.1, 0.5, 0.3, 0.1], atol=0.1)
+    np.testing.assert_allclose(drawn(0, temperature=0.1), [0, 1, 0, 0], atol=0.05)
+    np.testing.assert_allclose(drawn(0, temperature=1.0, top_p=0.4), [0, 1, 0, 0])
+    # 0.5 falls short of 0.6, so the second likeliest joins.
+    np.testing.assert_allclose(drawn(0, temperature=1.0, top_p=0.6), [0, 5 / 8, 3 / 8, 0], atol=0.1)
+    np.testing.assert_allclose(drawn(1, temperature=1.0, top_p=1e-6), [0, 0, 1, 0])
+    assert (drawn(1, temperature=1.0, top_p=0.9) > 0).all()
+
+
+def test_other_lengths_compile_nothing():
+    def run(lengths, limits):
+        prompts = random_prompts(lengths, seed=1)
+        generate(PARAMS, CONFIG, prompts, max_new_tokens=limits, num_pages=20, prefill_chunk=8)
+        return _compile_for.cache_info().misses
+
+    assert run([20, 3], [28, 4]) == run([7, 40], [1, 8])
+
+
+def test_pages_are_permuted_and_nobodys_twice():
+    table, num_pages = allocate_pages([40, 1, 16], 8, None)
+    assert num_pages == 8 and table.shape == (3, 5)
+    owned = table[table >= 0]
+    assert sorted(owned) == list(range(8)) and list(owned) != sorted(owned)
+    assert [(row >= 0).sum() for row in table] == [5, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prompts=[]), "at least one request; got none"),
+        (dict(prompts=[[1], []]), "prompt 1 has none"),
+        (dict(prompts=[[1, 256]]), r"must be in \[0, vocab_size=256\); prompt 0 has 1 .. 256"),
+        (dict(prompts=[[-1]]), r"prompt 0 has -1 .. -1"),
+        (dict(max_new_tokens=0), "max_new_tokens must be a positive integer; got 0"),
+        (dict(max_new_tokens=[1]), "one for each of 2 prompts; got 1"),
+        (dict(temperature=-0.5), "temperature must be 0 or positive; got -0.5"),
+        (dict(top_p=0.0), r"top_p must be in \(0, 1\]; got 0.0"),
+        (dict(page_size=0), "page_size must be a positive integer; got 0"),
+        (dict(prefill_chunk=0), "prefill_chunk must be a positive integer; got 0"),
+        (dict(stream_every=0), "stream_every must be a positive integer; got 0"),
+        (
+            dict(page_size=4, num_pages=4),
+            "2 requests need 5 pages of 4 tokens .* the cache has num_pages=4: raise it",
+        ),
+        (dict(max_new_tokens=300), "303 tokens exceeds config.max_position_embeddings=256"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_errors(change, message):
+    arguments = dict(prompts=[[1, 2, 3], [4]], max_new_tokens=6) | change
+    with pytest.raises(ValueError, match=message):
+        generate(PARAMS, CONFIG, **arguments)
+
+
+def compiled_loop(config, dtype, *, num_pages, num_steps):
+    """The decode loop for a large cache, compiled without allocating it."""
+    b, page_size = 3, 16
+    index = jax.ShapeDtypeStruct((b,), jnp.int32)
+    params = jax.eval_shape(lambda: random_params(config, dtype))
+    state = State(
+        jax.eval_shape(lambda: llama.empty_caches(config, num_pages, page_size, dtype)),
+        index,
+        index,
+        index,
+        jax.ShapeDtypeStruct((b,), bool),
+    )
+    requests = Requests(
+        jax.ShapeDtypeStruct((b, 8), jnp.int32),
+        index,
+        index,
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
+        jax.ShapeDtypeStruct((128, config.head_dim), jnp.float32),
+    )
+    return decode_steps.lower(
+        params,
+        state,
+        requests,
+        num_steps=num_steps,
+        config=config,
+        sampling=Sampling(0.8, 0.9),
+        backend=None,
+    ).compile()
+
+
+def check_one_copy_of_the_cache(dtype):
+    num_pages = 8192
+    loop = compiled_loop(CONFIG, dtype, num_pages=num_pages, num_steps=16)
+    one_array = num_pages * 16 * CONFIG.num_kv_heads * CONFIG.head_dim * jnp.dtype(dtype).itemsize
+    memory = loop.memory_analysis()
+    # K and V of every layer come in and go out in the same buffers, and nothing else is large.
+    assert memory.alias_size_in_bytes >= 2 * CONFIG.num_layers * one_array
+    assert memory.temp_size_in_bytes < one_array / 4
+    program = loop.as_text()
+    cache_shape = re.escape(f"[{num_pages},16,{CONFIG.num_kv_heads},{CONFIG.head_dim}]")
+    assert re.search(cache_shape, program)
+    assert not re.findall(rf".*{cache_shape}\S* copy.*", program)
+
+
+def test_loop_holds_one_copy_of_the_cache():
+    check_one_copy_of_the_cache(jnp.float32)
+
+
+@pytest.mark.gpu
+def test_loop_holds_one_copy_of_the_cache_on_a_gpu():
+    check_one_copy_of_the_cache(jnp.bfloat16)
+
+
+def test_memory_does_not_grow_with_the_tokens():
+    few, many = (
+        compiled_loop(CONFIG, jnp.float32, num_pages=64, num_steps=steps).memory_analysis()
+        for steps in (1, 1024)
+    )
+    # A call holds the tokens of its own steps, however many calls there are.
+    assert many.temp_size_in_bytes - few.temp_size_in_bytes <= 2 * 1024 * 3 * 4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("checkpoint")
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=16)
+    demo.write_checkpoint(folder, {**demo.CONFIG, **sizes})
+    return folder
+
+
+def cli(*args) -> int:
+    return main([str(arg) for arg in args])
+
+
+def test_cli_streams_text(checkpoint, capsys):
+    arguments = ("--model", checkpoint, "--prompt", "A page of ", "--dtype", "float32")
+    assert cli(*arguments, "--max-new-tokens", 40) == 0
+    streamed, progress = capsys.readouterr()
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(
+        str(checkpoint / "tokenizer.json")
+    )
+    config, params = llama.load(checkpoint, jnp.float32)
+    prompt = tokenizer.encode("A page of ").ids
+    (tokens,) = generate(params, config, [prompt], max_new_tokens=40).tokens
+    assert streamed == tokenizer.decode(tokens) + "\n"
+    assert "loading: 9/9 weights" in progress and f"prefill: {len(prompt)}" in progress
+    assert "decode 39 tokens at" in progress and "s of compilation" in progress
+
+
+def test_cli_takes_a_file_of_prompts(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompts").write_text("One page.\n\nTwo pages, then.\n")
+    arguments = ("--model", checkpoint, "--batch", tmp_path / "prompts", "--max-new-tokens", 3)
+    draws = ("--temperature", 0.7, "--top-p", 0.9, "--seed", 5, "--page-size", 4, "--num-pages", 30)
+    outputs = []
+    for chunk in (4, 64):
+        assert cli(*arguments, *draws, "--prefill-chunk", chunk) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("[0] ") and "\n[1] " in outputs[0]
+    assert outputs[0] == outputs[1]
+
+
+def test_cli_takes_token_ids_where_there_is_no_tokenizer(checkpoint, capsys):
+    (checkpoint / "tokenizer.json").rename(checkpoint / "aside")
+    try:
+        assert cli("--model", checkpoint, "--prompt", "1 2 3", "--max-new-tokens", 4) == 0
+        assert len(capsys.readouterr().out.split()) == 4
+        assert cli("--model", checkpoint, "--prompt", "one two") == 1
+        error = capsys.readouterr().err
+        assert "tokenizer.json is missing" in error and "got 'one two'" in error
+    finally:
+        (checkpoint / "aside").rename(checkpoint / "tokenizer.json")
+
+
+def test_cli_stops_at_the_models_eos(checkpoint, capsys):
+    config, params = llama.load(checkpoint)
+    (tokens,) = generate(params, config, [[1, 2, 3]], max_new_tokens=6).tokens
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[2]}))
+    (checkpoint / "tokenizer.json").rename(checkpoint / "aside")
+    try:
+        assert cli("--model", checkpoint, "--prompt", "1 2 3", "--max-new-tokens", 6) == 0
+        assert list(map(int, capsys.readouterr().out.split())) == tokens[:3]
+    finally:
+        (checkpoint / "aside").rename(checkpoint / "tokenizer.json")
+        (checkpoint / "generation_config.json").unlink()
+
+
+def test_cli_errors(checkpoint, tmp_path, monkeypatch, capsys):
+    def error_of(*args):
+        assert cli(*args) == 1
+        return capsys.readouterr().err
+
+    assert "there is no folder" in error_of("--model", tmp_path / "nowhere", "--prompt", "a")
+    assert "give --prompt TEXT or --batch FILE" in error_of("--model", checkpoint)
+    assert "No such file" in error_of("--model", checkpoint, "--batch", tmp_path / "nothing")
+    assert "raise it" in error_of("--model", checkpoint, "--prompt", "a", "--num-pages", 1)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "pip install 'jaxattn[models]'" in error_of("--model", checkpoint, "--prompt", "a")
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxattn.generate", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--max-new-tokens" in done.stdout
