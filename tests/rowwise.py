@@ -45,10 +45,11 @@ def compile_in_place(fn, donated, *args):
 
 
 def assert_no_copy(compiled):
-    """The program copies no buffer and holds no other one of any size."""
+    """The program copies nothing, and holds no buffers but those of tokens."""
     copies = [line for line in compiled.as_text().splitlines() if re.search(r"\bcopy\S*\(", line)]
     assert not copies
-    assert compiled.memory_analysis().temp_size_in_bytes < 8192
+    memory = compiled.memory_analysis()
+    assert 8 * memory.temp_size_in_bytes < memory.alias_size_in_bytes
 
 
 def two_devices():

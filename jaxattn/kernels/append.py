@@ -64,16 +64,15 @@ def _append_kernel(
     page = load(indices_ref, entry, valid)
     valid &= (page >= 0) & (page < num_pages)
 
-    # 2. The copy.
+    # 2. The copy. Interpreted, a masked store writes back what it read: the rows that stay out of
+    # the cache all lie past its end, lest one undoes another's write.
     out_row = page * strides.page + position % page_size * strides.slot + head * strides.head
     cols = jnp.arange(1 << (d - 1).bit_length(), dtype=jnp.int32)[None, :]
     mask = valid[:, None] & (cols < d)
-    for x_ref, out_ref, at in (
-        (key_ref, k_ref, out_row),
-        (value_ref, v_ref, out_row + strides.value),
-    ):
+    for x_ref, out_ref, offset in ((key_ref, k_ref, 0), (value_ref, v_ref, strides.value)):
         x = plgpu.load(x_ref.at[row[:, None], cols], mask=mask, other=0.0)
-        plgpu.store(out_ref.at[at[:, None], cols], x.astype(out_ref.dtype), mask=mask)
+        at = jnp.where(valid, out_row + offset, out_ref.shape[0])[:, None], cols
+        plgpu.store(out_ref.at[at], x.astype(out_ref.dtype), mask=mask)
 
 
 def append(
