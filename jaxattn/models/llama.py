@@ -90,8 +90,10 @@ class LlamaConfig:
             )
         _refuse(raw, "hidden_act", "silu")
         _refuse(raw, "quantization_config", None)
-        qwen2, qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
-        attention_bias = not qwen2 and bool(raw.get("attention_bias"))
+        is_llama, is_qwen2, is_qwen3 = (
+            architecture.startswith(name) for name in ("Llama", "Qwen2", "Qwen3")
+        )
+        attention_bias = (is_llama or is_qwen3) and bool(raw.get("attention_bias"))
         heads, hidden = _entry(raw, "num_attention_heads"), _entry(raw, "hidden_size")
         config = cls(
             vocab_size=_entry(raw, "vocab_size"),
@@ -105,10 +107,10 @@ class LlamaConfig:
             max_position_embeddings=_entry(raw, "max_position_embeddings"),
             rope=_rope_config(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-            qkv_bias=qwen2 or attention_bias,
+            qkv_bias=is_qwen2 or attention_bias,
             o_bias=attention_bias,
-            mlp_bias=bool(raw.get("mlp_bias")),
-            qk_norm=qwen3,
+            mlp_bias=is_llama and bool(raw.get("mlp_bias")),
+            qk_norm=is_qwen3,
             sliding_window=_sliding_window(architecture, raw),
             eos_token_ids=_token_ids(raw.get("eos_token_id")),
         )
