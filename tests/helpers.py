@@ -21,8 +21,8 @@ class Paged:
 
 
 def rounded(x: np.ndarray, dtype) -> np.ndarray:
-    """x as the dtype stores it, in float32."""
-    return x.astype(jnp.dtype(dtype)).astype(np.float32)
+    """x as the dtype stores it, in float32; float64 rounds nothing."""
+    return x if dtype == np.float64 else x.astype(jnp.dtype(dtype)).astype(np.float32)
 
 
 def make_paged(
@@ -68,20 +68,21 @@ def make_paged(
 
 
 def dense_attention(q, k, v, *, sm_scale, causal, dtype, score_dtype=None):
-    """One request, q [t, h, d] and k, v [s, kh, d], every intermediate rounded to `dtype`: (o, lse) float32.
+    """One request, q [t, h, d] and k, v [s, kh, d], every intermediate rounded to `dtype`: (o, lse).
 
-    In float32 it is the truth; in a kernel's own dtype, the plain computation that a kernel must rival; where
+    In float64 it is the truth; in a kernel's own dtype, the plain computation that a kernel must rival; where
     scores overflow that dtype, score_dtype=jnp.float32 keeps them.
     """
     t, h, d = q.shape
     s, kh, _ = k.shape
     if t == 0 or s == 0:
         return np.zeros((t, h, d), np.float32), np.full((t, h), -np.inf, np.float32)
-    q = q.swapaxes(0, 1)
-    k, v = (np.repeat(x.swapaxes(0, 1), h // kh, axis=0) for x in (k, v))
+    exact = np.float64 if dtype == np.float64 else np.float32
+    q, k, v = (x.swapaxes(0, 1).astype(exact) for x in (q, k, v))
+    k, v = (np.repeat(x, h // kh, axis=0) for x in (k, v))
     score_dtype = score_dtype or dtype
     scores = rounded(q @ k.swapaxes(1, 2), score_dtype)
-    scores = rounded(scores * np.float32(sm_scale), score_dtype)
+    scores = rounded(scores * exact(sm_scale), score_dtype)
     if causal:
         seen = np.arange(s)[None, :] <= np.arange(t)[:, None] + s - t
         scores = np.where(seen, scores, -np.inf)
@@ -103,7 +104,7 @@ def dense_batch(qs, ks, vs, **how):
 
 def assert_rivals(ours, truth, plain, dtype, what="o"):
     """Our error is at most twice that of the plain same-dtype computation, give or take two ulp."""
-    ours, truth, plain = (np.asarray(x, np.float32) for x in (ours, truth, plain))
+    ours, truth, plain = (np.asarray(x, np.float64) for x in (ours, truth, plain))
     assert ours.shape == truth.shape
     assert np.isfinite(ours).all(), f"{what} has {np.sum(~np.isfinite(ours))} non-finite elements"
     if not truth.size:

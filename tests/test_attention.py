@@ -36,7 +36,7 @@ def check_decode(paged, dtype, *, group, backend, sm_scale=None, scale=1.0):
     o, lse = decode(jnp.asarray(q).astype(dtype), cache, paged.table)
     how = dict(sm_scale=sm_scale or d**-0.5, causal=False)
     score_dtype = dtype if scale == 1.0 else jnp.float32
-    truth, truth_lse = dense_batch(q[:, None], paged.k, paged.v, dtype=jnp.float32, **how)
+    truth, truth_lse = dense_batch(q[:, None], paged.k, paged.v, dtype=np.float64, **how)
     plain, _ = dense_batch(
         q[:, None], paged.k, paged.v, dtype=dtype, score_dtype=score_dtype, **how
     )
@@ -79,7 +79,7 @@ def compare_prefill(o, lse, q, qo_lens, ks, vs, dtype, sm_scale, causal, score_d
     total = sum(qo_lens)
     qs = np.split(q[:total], np.cumsum(qo_lens)[:-1])
     how = dict(sm_scale=sm_scale, causal=causal)
-    truth, truth_lse = dense_batch(qs, ks, vs, dtype=jnp.float32, **how)
+    truth, truth_lse = dense_batch(qs, ks, vs, dtype=np.float64, **how)
     plain, _ = dense_batch(qs, ks, vs, dtype=dtype, score_dtype=score_dtype, **how)
     assert_rivals(o[:total], truth, plain, dtype)
     assert_lse(lse[:total], truth_lse)

@@ -27,15 +27,22 @@ class PagedTile:
     block: int
     head_dim: int
 
-    def pages(self, position: jax.Array, end: jax.Array | None = None) -> jax.Array:
-        """Page ids int32 [k] of the tokens from `position` on. Loading them a tile ahead hides their latency."""
-        tokens = position + jnp.arange(self.block, dtype=jnp.int32)
+    def tokens(self, position: jax.Array) -> jax.Array:
+        """Positions int32 [k] of the tile's tokens in their request."""
+        return position + jnp.arange(self.block, dtype=jnp.int32)
+
+    def pages(self, position: jax.Array, end: jax.Array) -> jax.Array:
+        """Page ids int32 [k] of the tokens from `position`, a multiple of `block`, on; 0 from `end` on.
+
+        Loading them a tile ahead hides their latency.
+        """
+        tokens = self.tokens(position)
         if self.indices_ref is None:
             return jnp.zeros_like(tokens)
-        inside = None if end is None else tokens < end
+        entry = self.start + self._page_and_slot(position)[0]
         return plgpu.load(
-            self.indices_ref.at[self.start + tokens // self.page_size],
-            mask=inside,
+            self.indices_ref.at[entry],
+            mask=None if end is None else tokens < end,
             other=None if end is None else 0,
         )
 
@@ -43,22 +50,38 @@ class PagedTile:
         self, pages: jax.Array, position: jax.Array, end: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """K and V [k, d] of the tokens from `position` on; tokens from `end` on are zeros, and not read."""
-        tokens = position + jnp.arange(self.block, dtype=jnp.int32)
         if self.indices_ref is None:
-            rows = (self.start + tokens) * self.strides.slot
+            rows = (self.start + self.tokens(position)) * self.strides.slot
         else:
-            rows = pages * self.strides.page + tokens % self.page_size * self.strides.slot
+            slot = self._page_and_slot(position)[1]
+            rows = pages * self.strides.page + slot * self.strides.slot
         rows += self.head * self.strides.head
         cols = jnp.arange(_padded(self.head_dim), dtype=jnp.int32)
         mask = None
         if end is not None:
-            mask = (tokens < end)[:, None]
+            mask = (self.tokens(position) < end)[:, None]
         if cols.size != self.head_dim:
             inside = (cols < self.head_dim)[None, :]
             mask = inside if mask is None else mask & inside
-        return load_rows(self.k_ref, rows, cols, mask), load_rows(
-            self.v_ref, rows + self.strides.value, cols, mask
-        )
+        v_rows = rows + self.strides.value
+        return load_rows(self.k_ref, rows, cols, mask), load_rows(self.v_ref, v_rows, cols, mask)
+
+    def _page_and_slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which page of its request, and which slot of the page, int32 [k] each, hold the tile's tokens."""
+        offset = jnp.arange(self.block, dtype=jnp.int32)
+        if self.block % self.page_size == 0:
+            # The tile starts with a page: only the first page's number changes from tile to tile.
+            page, slot = divmod_by(offset, self.page_size)
+            return divmod_by(position, self.page_size)[0] + page, slot
+        return divmod_by(position + offset, self.page_size)
+
+
+def divmod_by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """x // n and x % n of non-negative x, without the sign handling of Python's."""
+    if n & (n - 1) == 0:
+        return x >> (n.bit_length() - 1), x & (n - 1)
+    divisor = jnp.full_like(x, n)
+    return jax.lax.div(x, divisor), jax.lax.rem(x, divisor)
 
 
 def load_rows(ref: jax.Ref, rows: jax.Array, cols: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels._launch import launch
 from jaxattn.kernels._online_softmax import OnlineSoftmax, dot
-from jaxattn.kernels._paged_tile import PagedTile, load_rows
+from jaxattn.kernels._paged_tile import PagedTile, divmod_by, load_rows
 from jaxattn.kernels.merge import merge_splits
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 from jaxattn.plan import DecodePlan, PrefillPlan, WorkItem
@@ -70,7 +70,8 @@ def _attention_kernel(
     # 1. The rows of this tile.
     row = item.row_begin + jnp.arange(block_rows, dtype=jnp.int32)
     owned = row < item.row_end
-    out_row = row // group * num_qo_heads + head * group + row % group
+    token, member = divmod_by(row, group)
+    out_row = token * num_qo_heads + head * group + member
     cols = jnp.arange(1 << (d - 1).bit_length(), dtype=jnp.int32)
     inside = owned[:, None] & (cols < d)[None, :]
     q = load_rows(q_ref, jnp.where(owned, out_row, 0), cols, inside)
@@ -91,30 +92,29 @@ def _attention_kernel(
     whole = end
     if causal:
         whole = jnp.clip(item.row_begin // group + item.causal_offset, item.kv_begin, end)
-    whole = item.kv_begin + (whole - item.kv_begin) // block_kv * block_kv
 
     def step(i, carry, masked):
-        state, pages = carry
+        state = carry
         position = item.kv_begin + i * block_kv
-        next_pages = kv.pages(position + block_kv, end)
+        pages = kv.pages(position, end if masked else None)
         k, v = kv.load(pages, position, end if masked else None)
         s = dot(q, k, trans_b=True)
         if masked:
-            token = position + jnp.arange(block_kv, dtype=jnp.int32)
-            seen = jnp.broadcast_to((token < end)[None, :], s.shape)
+            key = kv.tokens(position)
+            seen = jnp.broadcast_to((key < end)[None, :], s.shape)
             if causal:
-                seen &= token[None, :] < (row // group + item.causal_offset)[:, None]
+                seen &= key[None, :] < (token + item.causal_offset)[:, None]
             s = jnp.where(seen, s, -jnp.inf)
-        return softmax.update(state, s, v), next_pages
+        return softmax.update(state, s, v)
 
     num_whole = (whole - item.kv_begin) // block_kv
     num_tiles = (end - item.kv_begin + block_kv - 1) // block_kv
-    carry = softmax.init(block_rows, cols.size), kv.pages(item.kv_begin, end)
+    carry = softmax.init(block_rows, cols.size)
     carry = jax.lax.fori_loop(0, num_whole, functools.partial(step, masked=False), carry)
     carry = jax.lax.fori_loop(num_whole, num_tiles, functools.partial(step, masked=True), carry)
 
     # 3. A whole tile is the answer; a split one is a partial state.
-    o, lse = softmax.finalize(carry[0])
+    o, lse = softmax.finalize(carry)
     alone = item.slot < 0
     done = owned & alone
     plgpu.store(
@@ -225,15 +225,5 @@ def _attention(
         num_stages=config.num_stages,
         interpret=interpret,
     )
-    o, lse = merge_splits(
-        o,
-        lse,
-        o_partial,
-        lse_partial,
-        plan.merges,
-        num_kv_heads=plan.num_kv_heads,
-        group=h // plan.num_kv_heads,
-        block_rows=plan.block_rows,
-        interpret=interpret,
-    )
+    o, lse = merge_splits(o, lse, o_partial, lse_partial, plan, interpret=interpret)
     return o.reshape(t, h, d), lse.reshape(t, h)

@@ -9,8 +9,8 @@ natural or, for the first and the last, base 2.
 
 Axes: n rows (tokens), h query heads, kh KV heads, g = h // kh, d head dim, m merges.
 Grid: merge_states (n * h): a program merges the states of one row and head. merge_splits
-(programs): a program merges the partial states of every `programs`-th used row of a split tile.
-merge_state (n * h / BLOCK_ROWS).
+(m, kh * row blocks): a program merges the partial states of a few rows of a split tile. merge_state
+(n * h / BLOCK_ROWS).
 """
 
 import functools
@@ -20,15 +20,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn.device import num_sms
 from jaxattn.kernels._launch import launch
+from jaxattn.kernels._paged_tile import divmod_by
+from jaxattn.plan import DecodePlan, Merge, PrefillPlan
 
 # States a program reads at once: with 4 warps and head_dim 128 a thread holds 32 elements of them.
 BLOCK_STATES = 32
 # Rows of two states a program merges: 2048 elements of each at head_dim 128, 16 a thread.
 BLOCK_ROWS = 16
-# Programs of `merge_splits` that a multiprocessor holds: 4 warps of 80 registers a thread (H200).
-PROGRAMS_PER_SM = 6
+# Rows of a split prefill tile a program merges, so many fewer states at once.
+ROWS_OF_TILE = 16
 
 
 def _pow2(x: int) -> int:
@@ -40,19 +41,19 @@ def _exp_log(lse_base: str):
     return (jnp.exp, jnp.log) if lse_base == "ln" else (jnp.exp2, jnp.log2)
 
 
-def _merge_column(
+def _merge_rows(
     v_ref,  # [rows, d]
     s_ref,  # [rows]
-    first: jax.Array,
+    first: jax.Array,  # int32 [r]
     stride: int,
     count: int | jax.Array,
     *,
     block: int,
     lse_base: str = "ln",
 ) -> tuple[jax.Array, jax.Array]:
-    """Merges the states in rows `first + i * stride`, 0 <= i < count.
+    """For each of r rows, merges the states in rows `first + i * stride`, 0 <= i < count, `block` at a time.
 
-    Returns (v float32 [pow2(d)], s float32 []).
+    Returns (v float32 [r, pow2(d)], s float32 [r]).
     """
     exp, log = _exp_log(lse_base)
     d = v_ref.shape[1]
@@ -61,25 +62,27 @@ def _merge_column(
     def step(i, carry):
         peak, total, acc = carry
         state = i * block + jnp.arange(block, dtype=jnp.int32)
-        valid = state < count
-        row = first + state * stride
+        valid = jnp.broadcast_to((state < count)[:, None], (block, first.size))
+        row = first[None, :] + (state * stride)[:, None]
         s = plgpu.load(s_ref.at[row], mask=valid, other=-jnp.inf).astype(jnp.float32)
-        inside = valid[:, None] & (dims < d)[None, :]
-        v = plgpu.load(v_ref.at[row[:, None], dims[None, :]], mask=inside, other=0.0)
+        inside = valid[:, :, None] & (dims < d)[None, None, :]
+        v = plgpu.load(v_ref.at[row[:, :, None], dims[None, None, :]], mask=inside, other=0.0)
         # 0 * NaN is NaN: what an empty state holds is cleared.
-        v = jnp.where((s == -jnp.inf)[:, None], 0.0, v.astype(jnp.float32))
-        new_peak = jnp.maximum(peak, jnp.max(s))
+        v = jnp.where((s == -jnp.inf)[:, :, None], 0.0, v.astype(jnp.float32))
+        new_peak = jnp.maximum(peak, jnp.max(s, axis=0))
         # Without any state yet the peak is -inf, and -inf - -inf is NaN: shift by 0 there instead.
         shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-        weights, rescale = exp(s - shift), exp(peak - shift)
-        total = total * rescale + jnp.sum(weights)
-        return new_peak, total, acc * rescale + jnp.sum(weights[:, None] * v, axis=0)
+        weights, rescale = exp(s - shift[None, :]), exp(peak - shift)
+        total = total * rescale + jnp.sum(weights, axis=0)
+        acc = acc * rescale[:, None] + jnp.sum(weights[:, :, None] * v, axis=0)
+        return new_peak, total, acc
 
-    init = jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros(dims.shape, jnp.float32)
+    peak = jnp.full(first.shape, -jnp.inf, jnp.float32)
+    init = peak, jnp.zeros_like(peak), jnp.zeros((*first.shape, *dims.shape), jnp.float32)
     peak, total, acc = jax.lax.fori_loop(0, pl.cdiv(count, block), step, init)
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)
-    return acc / total, jnp.where(empty, -jnp.inf, log(total) + peak)
+    return acc / total[:, None], jnp.where(empty, -jnp.inf, log(total) + peak)
 
 
 def _merge_states_kernel(
@@ -92,21 +95,23 @@ def _merge_states_kernel(
     num_heads: int,
     lse_base: str,
 ):
-    out_row = pl.program_id(0)
-    row, head = out_row // num_heads, out_row % num_heads
-    v, s = _merge_column(
+    out_row = pl.program_id(0) + jnp.zeros(1, jnp.int32)
+    row, head = divmod_by(out_row, num_heads)
+    v, s = _merge_rows(
         v_ref,
         s_ref,
-        row * num_states * num_heads + head,
+        row * (num_states * num_heads) + head,
         num_heads,
         num_states,
         block=min(BLOCK_STATES, _pow2(num_states)),
         lse_base=lse_base,
     )
-    dims = jnp.arange(v.size, dtype=jnp.int32)
-    mask = dims < v_out_ref.shape[1]
-    plgpu.store(v_out_ref.at[out_row, dims], v.astype(v_out_ref.dtype), mask=mask)
-    s_out_ref[out_row] = s
+    dims = jnp.arange(v.shape[1], dtype=jnp.int32)
+    inside = (dims < v_out_ref.shape[1])[None, :]
+    plgpu.store(
+        v_out_ref.at[out_row[:, None], dims[None, :]], v.astype(v_out_ref.dtype), mask=inside
+    )
+    plgpu.store(s_out_ref.at[out_row], s)
 
 
 def merge_states(
@@ -143,52 +148,32 @@ def _merge_splits_kernel(
     num_kv_heads: int,
     group: int,
     block_rows: int,
-    programs: int,
+    row_blocks: int,
+    rows: int,
 ):
-    # 1. What there is to do: few merges are used and their tiles may have few rows, so the
-    # programs share out just those.
-    num_merges = merges_ref.shape[0]
-    merge = jnp.arange(_pow2(num_merges), dtype=jnp.int32)
-    row_begin, row_end, _, count = (
-        plgpu.load(merges_ref.at[merge, field], mask=merge < num_merges, other=0)
-        for field in range(4)
-    )
-    num_used = jnp.max(jnp.where(count > 0, merge + 1, 0))
-    num_rows = jnp.max(jnp.where(count > 0, row_end - row_begin, 0))
-    num_units = num_used * num_rows * num_kv_heads
-    first = pl.program_id(0)
+    merge = Merge(*(merges_ref[pl.program_id(0), i] for i in range(len(Merge._fields))))
+    head, row_block = divmod_by(pl.program_id(1), row_blocks)
+    first = row_block * rows
 
-    def one_row(i, carry):
-        # 2. A row of a tile, of one KV head.
-        unit = first + i * programs
-        r, head, merge = (
-            unit % num_rows,
-            unit // num_rows % num_kv_heads,
-            unit // (num_rows * num_kv_heads),
+    # An unused merge owns no rows: its programs end here.
+    @pl.when(merge.row_begin + first < merge.row_end)
+    def _():
+        r = first + jnp.arange(rows, dtype=jnp.int32)
+        o, lse = _merge_rows(
+            o_partial_ref,
+            lse_partial_ref,
+            (merge.slot * num_kv_heads + head) * block_rows + r,
+            num_kv_heads * block_rows,
+            merge.count,
+            block=BLOCK_STATES // rows,
         )
-        row_begin, row_end, slot, count = (merges_ref[merge, field] for field in range(4))
-        row = row_begin + r
-
-        @pl.when((row < row_end) & (count > 0))
-        def _():
-            # 3. Its partial states lie a slot apart.
-            o, lse = _merge_column(
-                o_partial_ref,
-                lse_partial_ref,
-                (slot * num_kv_heads + head) * block_rows + r,
-                num_kv_heads * block_rows,
-                count,
-                block=BLOCK_STATES,
-            )
-            out_row = (row // group * num_kv_heads + head) * group + row % group
-            dims = jnp.arange(o.size, dtype=jnp.int32)
-            mask = dims < o_ref.shape[1]
-            plgpu.store(o_ref.at[out_row, dims], o.astype(o_ref.dtype), mask=mask)
-            lse_ref[out_row] = lse
-
-        return carry
-
-    jax.lax.fori_loop(0, pl.cdiv(num_units - first, programs), one_row, 0)
+        token, member = divmod_by(merge.row_begin + r, group)
+        out_row = (token * num_kv_heads + head) * group + member
+        owned = merge.row_begin + r < merge.row_end
+        dims = jnp.arange(o.shape[1], dtype=jnp.int32)
+        inside = owned[:, None] & (dims < o_ref.shape[1])[None, :]
+        plgpu.store(o_ref.at[out_row[:, None], dims[None, :]], o.astype(o_ref.dtype), mask=inside)
+        plgpu.store(lse_ref.at[out_row], lse, mask=owned)
 
 
 def merge_splits(
@@ -196,14 +181,11 @@ def merge_splits(
     lse: jax.Array,
     o_partial: jax.Array,
     lse_partial: jax.Array,
-    merges: jax.Array,
+    plan: DecodePlan | PrefillPlan,
     *,
-    num_kv_heads: int,
-    group: int,
-    block_rows: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Merges the partial states of split tiles into the outputs; other rows stay as they are.
+    """Merges the partial states of a plan's split tiles into the outputs; other rows stay as they are.
 
     Args:
       o: [t * h, d]; aliased to the result.
@@ -211,29 +193,32 @@ def merge_splits(
       o_partial: float32 [num_slots * kh * block_rows, d]; row r of a tile, of KV head c, is row
         `(slot * kh + c) * block_rows + r`.
       lse_partial: float32 [num_slots * kh * block_rows], natural log.
-      merges: int32 [m, 4], a `plan.Merge` a row. Row r of a tile is query token
-        `(row_begin + r) // group` and query head `c * group + (row_begin + r) % group`.
-      num_kv_heads, group, block_rows: kh, h // kh, and the rows of a slot.
+      plan: whose `merges` say what was split.
 
     Returns:
       (o, lse).
     """
-    programs = min(merges.shape[0] * num_kv_heads * block_rows, PROGRAMS_PER_SM * num_sms())
+    group = plan.num_qo_heads // plan.num_kv_heads
+    # A decode tile has few rows and may have a hundred states; a prefill tile has many rows and few states.
+    decode = isinstance(plan, DecodePlan)
+    rows = 1 if decode else ROWS_OF_TILE
+    row_blocks = pl.cdiv(group if decode else plan.block_rows, rows)
     o, lse = launch(
         functools.partial(
             _merge_splits_kernel,
-            num_kv_heads=num_kv_heads,
+            num_kv_heads=plan.num_kv_heads,
             group=group,
-            block_rows=block_rows,
-            programs=programs,
+            block_rows=plan.block_rows,
+            row_blocks=row_blocks,
+            rows=rows,
         ),
         o,
         lse,
         o_partial,
         lse_partial,
-        merges,
+        plan.merges,
         name="jaxattn_merge_splits",
-        grid=(programs,),
+        grid=(plan.merges.shape[0], plan.num_kv_heads * row_blocks),
         out_shape=[(o.shape, o.dtype), (lse.shape, lse.dtype)],
         num_warps=4,
         num_stages=1,
