@@ -33,3 +33,20 @@ from jaxattn.rope import (
     apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
 )
 from jaxattn.rope import precompute_freqs_cis as precompute_freqs_cis
+from jaxattn.wrappers import (
+    BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
+)
+from jaxattn.wrappers import (
+    BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
+)
+from jaxattn.wrappers import (
+    BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper,
+)
+from jaxattn.wrappers import (
+    CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+)
+from jaxattn.wrappers import single_decode_with_kv_cache as single_decode_with_kv_cache
+from jaxattn.wrappers import single_prefill_with_kv_cache as single_prefill_with_kv_cache
+from jaxattn.wrappers import (
+    single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
+)
