@@ -112,10 +112,9 @@ def _rmsnorm(
         )
 
     def plain(inputs, weight):
+        how = dict(eps=eps, weight_offset=weight_offset)
         if len(inputs) > 1:
-            return reference.fused_add_rmsnorm(
-                *inputs, weight, eps=eps, weight_offset=weight_offset
-            )
-        return (reference.rmsnorm(*inputs, weight, eps=eps, weight_offset=weight_offset),)
+            return reference.fused_add_rmsnorm(inputs[0], inputs[1], weight, **how)
+        return (reference.rmsnorm(inputs[0], weight, **how),)
 
     return dispatch("xla" if x.size == 0 else backend, kernel, plain, inputs, weight)

@@ -204,6 +204,7 @@ def test_transforms(combined, backend):
     case = make_case(combined=combined, page_size=4, d=32)
     key, value, *where, cache, table = case.args
 
+    @jax.jit
     def append(key, value, cache):
         return ja.append_paged_kv_cache(key, value, *where, cache, table, backend=backend)
 

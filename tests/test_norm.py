@@ -119,6 +119,7 @@ def test_transforms(backend):
     x, residual = normal((4, 6, 96), bf16), normal((4, 6, 96), bf16, seed=1)
     weight = normal((96,), bf16, seed=2)
 
+    @jax.jit
     def norm(x, residual):
         return ja.fused_add_rmsnorm(x, residual, weight, backend=backend)
 

@@ -184,6 +184,7 @@ def test_transforms(backend):
     positions = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
     table = ja.precompute_freqs_cis(32, 16)
 
+    @jax.jit
     def rope(positions, q, k):
         return ja.apply_rope_with_cos_sin_cache(positions, q, k, 32, table, backend=backend)
 

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels._launch import launch
+from jaxattn.kernels._paged_tile import divmod_by
 from jaxattn.kv_cache import PagedKVCache, PageTable, RowStrides
 
 
@@ -49,7 +50,7 @@ def _append_kernel(
     *_, k_ref, v_ref = (cache_refs[1:] * 2) if len(cache_refs) == 2 else cache_refs
     num_rows, d = key_ref.shape
     row = pl.program_id(0) * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
-    token, head = row // num_heads, row % num_heads
+    token, head = divmod_by(row, num_heads)
 
     def load(ref, at, mask):
         return plgpu.load(ref.at[at], mask=mask, other=0)
@@ -59,14 +60,15 @@ def _append_kernel(
     batch = load(batch_ref, token, valid)
     position = load(positions_ref, token, valid)
     valid &= (batch >= 0) & (batch < indptr_ref.shape[0] - 1) & (position >= 0)
-    entry = load(indptr_ref, batch, valid) + position // page_size
+    page_of_request, slot = divmod_by(position, page_size)
+    entry = load(indptr_ref, batch, valid) + page_of_request
     valid &= (entry < load(indptr_ref, batch + 1, valid)) & (entry < indices_ref.shape[0])
     page = load(indices_ref, entry, valid)
     valid &= (page >= 0) & (page < num_pages)
 
     # 2. The copy. Interpreted, a masked store writes back what it read: the rows that stay out of
     # the cache all lie past its end, lest one undoes another's write.
-    out_row = page * strides.page + position % page_size * strides.slot + head * strides.head
+    out_row = page * strides.page + slot * strides.slot + head * strides.head
     cols = jnp.arange(1 << (d - 1).bit_length(), dtype=jnp.int32)[None, :]
     mask = valid[:, None] & (cols < d)
     for x_ref, out_ref, offset in ((key_ref, k_ref, 0), (value_ref, v_ref, strides.value)):
@@ -113,5 +115,5 @@ def append(
         interpret=interpret,
         aliases={6 + i: i for i in range(len(rows))},
     )
-    arrays = tuple(x.reshape(old.shape) for x, old in zip(written, cache.arrays))
-    return PagedKVCache(arrays[0] if cache.combined else arrays, cache.layout)
+    k, *v = (x.reshape(old.shape) for x, old in zip(written, cache.arrays))
+    return PagedKVCache((k, v[0]) if v else k, cache.layout)

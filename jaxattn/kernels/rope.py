@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels._launch import launch
+from jaxattn.kernels._paged_tile import divmod_by
 
 
 def _pow2(x: int) -> int:
@@ -55,7 +56,7 @@ def _rope_kernel(
     num_tokens, d = positions_ref.shape[0], q_ref.shape[1]
     num_heads = [ref.shape[0] // num_tokens for ref in (q_ref, k_ref)]
     blocks = [pl.cdiv(n, block_heads) for n in num_heads]
-    token, block = pl.program_id(0) // sum(blocks), pl.program_id(0) % sum(blocks)
+    token, block = divmod_by(pl.program_id(0), sum(blocks))
 
     max_position, rotary_dim = table_ref.shape
     pairs = rotary_dim // 2
@@ -71,14 +72,15 @@ def _rope_kernel(
         row = token * num_heads + head
 
         def at(cols, end):
-            return (row[:, None], cols[None, :]), (head < num_heads)[:, None] & (cols < end)[
-                None, :
-            ]
+            mask = (head < num_heads)[:, None] & (cols < end)[None, :]
+            return (row[:, None], cols[None, :]), mask
 
-        def load(at, mask):
+        def load(where):
+            at, mask = where
             return plgpu.load(x_ref.at[at], mask=mask, other=0.0)
 
-        def store(at, mask, y):
+        def store(where, y):
+            at, mask = where
             plgpu.store(y_ref.at[at], y.astype(y_ref.dtype), mask=mask)
 
         def turn(x1, x2):
@@ -88,17 +90,17 @@ def _rope_kernel(
         if interleave:
             # Pairs are neighbours: they are loaded as one run and parted in registers.
             both = at(jnp.arange(2 * pair.size, dtype=jnp.int32), rotary_dim)
-            x = load(*both)
+            x = load(both)
             y = turn(*jnp.unstack(x.reshape(-1, pair.size, 2), axis=-1))
-            store(*both, jnp.stack(y, axis=-1).reshape(x.shape))
+            store(both, jnp.stack(y, axis=-1).reshape(x.shape))
         else:
             first, second = at(pair, pairs), at(pairs + pair, rotary_dim)
-            y1, y2 = turn(load(*first), load(*second))
-            store(*first, y1)
-            store(*second, y2)
+            y1, y2 = turn(load(first), load(second))
+            store(first, y1)
+            store(second, y2)
         if rotary_dim < d and not in_place:
-            cols = rotary_dim + jnp.arange(_pow2(d - rotary_dim), dtype=jnp.int32)
-            store(*at(cols, d), load(*at(cols, d)))
+            tail = at(rotary_dim + jnp.arange(_pow2(d - rotary_dim), dtype=jnp.int32), d)
+            store(tail, load(tail))
 
     @pl.when(block < blocks[0])
     def _():

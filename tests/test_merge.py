@@ -1,0 +1,356 @@
+"""Merging attention states against the float32 oracle, and against softmax over all keys."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from rowwise import (
+    F32_EPS,
+    assert_no_copy,
+    assert_rounded_once,
+    compile_in_place,
+    normal,
+    same,
+    two_devices,
+)
+
+import jaxattn as ja
+from jaxattn import reference
+from jaxattn.kernels.merge import merge_splits
+from jaxattn.plan import DecodePlan, PrefillPlan
+
+BACKENDS = ["interpret", "xla"]
+f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
+
+
+def make_states(n, states, h, d, dtype, *, spread=5.0):
+    """States of which some are empty, their v NaN; row 0 has none but empty ones."""
+    v, s = normal((n, states, h, d), dtype), normal((n, states, h), seed=1, scale=spread)
+    empty = jax.random.bernoulli(jax.random.key(2), 0.3, s.shape).at[0].set(True)
+    s = jnp.where(empty, -jnp.inf, s)
+    return jnp.where(empty[..., None], jnp.nan, v), s
+
+
+def assert_state(ours, truth, dtype):
+    v, s = ours
+    assert_rounded_once(v, truth[0], dtype)
+    s, want = np.asarray(s), np.asarray(truth[1])
+    assert s.dtype == np.float32
+    np.testing.assert_array_equal(np.isneginf(s), np.isneginf(want))
+    np.testing.assert_allclose(s, want, rtol=8 * F32_EPS, atol=8 * F32_EPS)
+
+
+def check_merge_states(n, states, h, d, dtype, lse_base, backend):
+    v, s = make_states(n, states, h, d, dtype)
+    truth = reference.merge_states(v.astype(f32), s, lse_base=lse_base)
+    assert_state(ja.merge_states(v, s, lse_base=lse_base, backend=backend), truth, dtype)
+    assert not np.asarray(truth[0][0]).any()
+    assert np.isneginf(np.asarray(truth[1][0])).all()
+
+
+def check_merge_state(n, h, d, dtype, lse_base, backend):
+    v, s = make_states(n, 2, h, d, dtype)
+    args = v[:, 0], s[:, 0], v[:, 1], s[:, 1]
+    truth = reference.merge_states(v.astype(f32), s, lse_base=lse_base)
+    how = dict(lse_base=lse_base, backend=backend)
+    assert_state(ja.merge_state(*args, **how), truth, dtype)
+    assert_state(ja.merge_state_in_place(*args, **how), truth, dtype)
+    mask = jnp.arange(n) % 2 == 0
+    v, s = ja.merge_state_in_place(*args, mask, **how)
+    assert_state((v[mask], s[mask]), (truth[0][mask], truth[1][mask]), dtype)
+    assert same((v[~mask], s[~mask]), (args[0][~mask], args[1][~mask]))
+
+
+# Numbers of states below, at and above a tile's, head dims that fill no tile.
+STATES_CASES = [
+    (3, 1, 2, 64, f32, "ln"),
+    (2, 5, 3, 80, f16, "log2"),
+    (2, 33, 1, 128, bf16, "ln"),
+    (2, 70, 2, 96, f32, "log2"),
+    (2, 2, 1, 256, bf16, "ln"),
+]
+
+
+STATE_CASES = [(4, 3, 64, f32, "ln"), (5, 7, 80, f16, "log2"), (3, 1, 256, bf16, "ln")]
+GPU_STATE_CASES = [(4096, 32, 128, bf16, "ln"), (1000, 7, 80, f16, "log2"), (2, 1, 64, f32, "ln")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n,states,h,d,dtype,lse_base", STATES_CASES)
+def test_merge_states(n, states, h, d, dtype, lse_base, backend):
+    check_merge_states(n, states, h, d, dtype, lse_base, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [1, 500])
+@pytest.mark.parametrize("n,states,h,d,dtype,lse_base", STATES_CASES)
+def test_merge_states_on_gpu(n, states, h, d, dtype, lse_base, more):
+    check_merge_states(more * n, states, 8 * h, d, dtype, lse_base, None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n,h,d,dtype,lse_base", STATE_CASES)
+def test_merge_state(n, h, d, dtype, lse_base, backend):
+    check_merge_state(n, h, d, dtype, lse_base, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n,h,d,dtype,lse_base", GPU_STATE_CASES)
+def test_merge_state_on_gpu(n, h, d, dtype, lse_base):
+    check_merge_state(n, h, d, dtype, lse_base, None)
+
+
+def test_bases_agree():
+    v, s = make_states(3, 6, 2, 64, f32)
+    v_ln, s_ln = ja.merge_states(v, s)
+    v_log2, s_log2 = ja.merge_states(v, s / math.log(2), lse_base="log2")
+    np.testing.assert_allclose(np.asarray(v_ln), np.asarray(v_log2), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(s_ln), np.asarray(s_log2) * math.log(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pieces_make_the_whole(backend):
+    """Softmax over 60 keys, in pieces of any size, merged in any order."""
+    scores, values = normal((60, 3), scale=4.0), normal((60, 3, 64), seed=1)
+
+    def state(keys):
+        s = jax.nn.logsumexp(scores[keys], axis=0)
+        weights = jnp.exp(scores[keys] - s[None])
+        return (weights[..., None] * values[keys]).sum(axis=0)[None], s[None]
+
+    pieces = [state(slice(*ends)) for ends in ((0, 1), (1, 40), (40, 60))]
+    want = state(slice(0, 60))
+    v, s = (jnp.stack(x, axis=1) for x in zip(*pieces, strict=True))
+    one, two, three = pieces
+    for got in (
+        ja.merge_states(v, s, backend=backend),
+        ja.merge_states(v[:, ::-1], s[:, ::-1], backend=backend),
+        ja.merge_state(*ja.merge_state(*one, *two, backend=backend), *three, backend=backend),
+        ja.merge_state(*one, *ja.merge_state(*three, *two, backend=backend), backend=backend),
+    ):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_scores(backend):
+    """Weights that overflow or vanish unless the peak is taken off first."""
+    v = jnp.asarray([1.0, 2.0, 3.0])[None, :, None, None] * jnp.ones((1, 3, 1, 64))
+    for shift in (1e30, -1e30, 5000.0):
+        s = (jnp.asarray([0.0, 0.0, -200.0]) + jnp.float32(shift))[None, :, None]
+        merged, lse = ja.merge_states(v, s, backend=backend)
+        peaks = 2 if shift == 5000.0 else 3
+        np.testing.assert_allclose(np.asarray(merged), 1.5 if peaks == 2 else 2.0, rtol=1e-6)
+        np.testing.assert_allclose(np.asarray(lse), shift + math.log(peaks), rtol=1e-6)
+
+
+def test_no_states():
+    v, s = ja.merge_states(jnp.zeros((2, 0, 3, 64)), jnp.zeros((2, 0, 3)), backend="interpret")
+    assert same((v, s), (jnp.zeros((2, 3, 64)), jnp.full((2, 3), -jnp.inf)))
+
+
+def make_plan(kind, merges, *, kv_heads, group, block_rows):
+    """A plan of which only what `merge_splits` reads is real."""
+    nothing = jnp.zeros(1, jnp.int32)
+    fields = dict(
+        page_indices=nothing,
+        page_start=nothing,
+        kv_len=nothing,
+        items=nothing,
+        merges=jnp.asarray(merges, jnp.int32),
+        page_size=1,
+        num_qo_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        block_rows=block_rows,
+        causal=False,
+    )
+    if kind is PrefillPlan:
+        fields |= dict(qo_indptr=nothing, num_qo_tokens=1)
+    return kind(**fields)
+
+
+def check_merge_splits(
+    kind, merges, *, kv_heads, group, block_rows, d, dtype, num_merges, interpret
+):
+    """merges: (row_begin, row_end, count) of the split tiles; their slots follow each other."""
+    rows = -(-max(end for _, end, _ in merges) // group)
+    h = kv_heads * group
+    o, lse = normal((rows * h, d), dtype, seed=3), normal((rows * h,), seed=4)
+    counts = [count for *_, count in merges]
+    firsts = np.cumsum([0, *counts[:-1]])
+    v, s = make_states(sum(counts), kv_heads, block_rows, d, f32)
+    table = np.zeros((num_merges, 4), np.int32)
+    table[: len(merges)] = [(b, e, f, c) for (b, e, c), f in zip(merges, firsts, strict=True)]
+    plan = make_plan(kind, table, kv_heads=kv_heads, group=group, block_rows=block_rows)
+    merge = jax.jit(functools.partial(merge_splits, interpret=interpret))
+    got = merge(o, lse, v.reshape(-1, d), s.reshape(-1), plan)
+
+    want_o, want_lse = np.array(o.astype(f32)), np.array(lse)
+    for (begin, end, count), first in zip(merges, firsts, strict=True):
+        merged_v, merged_s = reference.merge_states(
+            *(x[first : first + count].reshape(1, count, -1, *x.shape[3:]) for x in (v, s))
+        )
+        merged_v = np.asarray(merged_v).reshape(kv_heads, block_rows, d)
+        merged_s = np.asarray(merged_s).reshape(kv_heads, block_rows)
+        for r in range(end - begin):
+            token, j = divmod(begin + r, group)
+            for c in range(kv_heads):
+                want_o[token * h + c * group + j] = merged_v[c, r]
+                want_lse[token * h + c * group + j] = merged_s[c, r]
+    assert_state(got, (jnp.asarray(want_o), jnp.asarray(want_lse)), dtype)
+
+
+# Tiles of one row, of part of a slot and of all of it, of 2 and of many states; a decode tile is a
+# request's one token.
+MERGES = [
+    (PrefillPlan, [(3, 6, 2), (6, 7, 40), (16, 32, 3), (40, 52, 2)]),
+    (PrefillPlan, [(0, 3, 70)]),
+    (DecodePlan, [(0, 3, 2), (12, 15, 70), (15, 18, 33)]),
+]
+
+
+@pytest.mark.parametrize("d,dtype", [(64, f32), (80, bf16)])
+@pytest.mark.parametrize("kind,merges", MERGES)
+def test_merge_splits(kind, merges, d, dtype):
+    check_merge_splits(
+        kind,
+        merges,
+        kv_heads=2,
+        group=3,
+        block_rows=16,
+        d=d,
+        dtype=dtype,
+        num_merges=7,
+        interpret=True,
+    )
+
+
+def test_merge_splits_of_nothing():
+    o, lse = normal((6, 64)), normal((6,))
+    partial = jnp.full((32, 64), jnp.nan), jnp.full((32,), jnp.nan)
+    for kind in (PrefillPlan, DecodePlan):
+        plan = make_plan(kind, np.zeros((3, 4)), kv_heads=1, group=2, block_rows=16)
+        assert same(merge_splits(o, lse, *partial, plan, interpret=True), (o, lse))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_rows,group", [(64, 4), (64, 7)])
+def test_merge_splits_of_prefill_on_gpu(block_rows, group):
+    merges = [(i * 2 * block_rows, i * 2 * block_rows + block_rows - i, i + 2) for i in range(9)]
+    check_merge_splits(
+        PrefillPlan,
+        [*merges, (2000, 2000 + group, 130)],
+        kv_heads=8,
+        group=group,
+        block_rows=block_rows,
+        d=128,
+        dtype=bf16,
+        num_merges=66,
+        interpret=False,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_rows,group", [(16, 4), (16, 7), (16, 1), (32, 20)])
+def test_merge_splits_of_decode_on_gpu(block_rows, group):
+    check_merge_splits(
+        DecodePlan,
+        [(3 * i * group, (3 * i + 1) * group, 2 + 16 * i) for i in range(9)],
+        kv_heads=8,
+        group=group,
+        block_rows=block_rows,
+        d=128,
+        dtype=bf16,
+        num_merges=66,
+        interpret=False,
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [64, pytest.param(4096, marks=pytest.mark.gpu)])
+def test_donated_state_is_updated_in_place(n, masked):
+    v, s = normal((n, 4, 64)), normal((n, 4))
+    mask = [jnp.arange(n) % 2 == 0] if masked else []
+    compiled = compile_in_place(ja.merge_state_in_place, (0, 1), v, s, v, s, *mask)
+    if jax.default_backend() == "gpu":  # XLA's own fusions on a CPU keep what they please
+        assert_no_copy(compiled)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms(backend):
+    v, s = make_states(2 * 3, 4, 2, 64, bf16)
+    v, s = v.reshape(2, 3, *v.shape[1:]), s.reshape(2, 3, *s.shape[1:])
+
+    @jax.jit
+    def merge(v, s):
+        v, s = ja.merge_states(v, s, backend=backend)
+        return ja.merge_state(v, s, v, s, backend=backend)
+
+    each = [merge(v[i], s[i]) for i in range(2)]
+    want = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    assert same(jax.vmap(merge)(v, s), want)
+    _, scanned = jax.lax.scan(lambda c, xs: (c, merge(*xs)), 0, (v, s))
+    assert same(scanned, want)
+    if jax.device_count() > 1:
+        sharded = jax.shard_map(
+            merge,
+            mesh=two_devices(),
+            in_specs=(P(None, None, "x"), P(None, None, "x")),
+            out_specs=(P(None, "x"), P(None, "x")),
+            check_vma=backend != "interpret",  # Pallas's interpreter cannot follow varying axes
+        )
+        assert same(jax.jit(sharded)(v[0], s[0]), each[0])
+
+
+@pytest.mark.parametrize("backend", [None, "interpret"])
+def test_gradient_is_the_references(backend):
+    """Finite also where all states are empty."""
+    v, s = make_states(3, 4, 2, 64, f32)
+
+    def loss(v, s, backend):
+        v, s = ja.merge_states(v, s, backend=backend)
+        return jnp.sum(v**2) + jnp.sum(jnp.where(s == -jnp.inf, 0.0, s))
+
+    ours = jax.grad(loss, argnums=(0, 1))(v, s, backend)
+    want = jax.grad(loss, argnums=(0, 1))(v, s, "xla")
+    for a, b in zip(ours, want, strict=True):
+        assert np.isfinite(np.asarray(a)).all()
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+
+
+V, S = jnp.ones((3, 2, 64)), jnp.ones((3, 2))
+
+
+@pytest.mark.parametrize(
+    "error,message,args",
+    [
+        (ValueError, "v_a must have shape", (V[0], S, V, S)),
+        (ValueError, "v_b must have shape", (V, S, V[:2], S)),
+        (ValueError, "s_a must have shape", (V, S[:2], V, S)),
+        (TypeError, "v_a must be one of", (V.astype(jnp.int32), S, V, S)),
+        (TypeError, "s_b must be one of", (V, S, V, S.astype(jnp.int32))),
+        (TypeError, "v_a and v_b must have the same dtype", (V, S, V.astype(bf16), S)),
+    ],
+)
+def test_errors(error, message, args):
+    with pytest.raises(error, match=message):
+        ja.merge_state(*args)
+
+
+def test_other_errors():
+    with pytest.raises(ValueError, match="lse_base must be one of"):
+        ja.merge_state(V, S, V, S, lse_base="e")
+    with pytest.raises(ValueError, match="v must have shape"):
+        ja.merge_states(V, S)
+    with pytest.raises(ValueError, match="s must have shape"):
+        ja.merge_states(V[None], S)
+    with pytest.raises(TypeError, match="s must be float32 to be updated in place"):
+        ja.merge_state_in_place(V, S.astype(bf16), V, S)
+    with pytest.raises(ValueError, match="mask must have shape"):
+        ja.merge_state_in_place(V, S, V, S, jnp.ones(2, bool))
+    with pytest.raises(TypeError, match="mask must be bool"):
+        ja.merge_state_in_place(V, S, V, S, jnp.ones(3, jnp.int32))
