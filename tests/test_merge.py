@@ -14,6 +14,7 @@ from rowwise import (
     assert_rounded_once,
     compile_in_place,
     normal,
+    on_host,
     same,
     two_devices,
 )
@@ -29,10 +30,15 @@ f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 def make_states(n, states, h, d, dtype, *, spread=5.0):
     """States of which some are empty, their v NaN; row 0 has none but empty ones."""
-    v, s = normal((n, states, h, d), dtype), normal((n, states, h), seed=1, scale=spread)
-    empty = jax.random.bernoulli(jax.random.key(2), 0.3, s.shape).at[0].set(True)
-    s = jnp.where(empty, -jnp.inf, s)
-    return jnp.where(empty[..., None], jnp.nan, v), s
+    v, s = normal((n, states, h, d), dtype), on_host(normal((n, states, h), seed=1, scale=spread))
+    s = np.where(np.random.default_rng(2).random(s.shape) < 0.3, -np.inf, s)
+    s[0] = -np.inf
+    return jnp.where(jnp.isneginf(s)[..., None], jnp.nan, v), jnp.asarray(s, f32)
+
+
+@functools.partial(jax.jit, static_argnames="lse_base")
+def truth_of(v, s, lse_base="ln"):
+    return reference.merge_states(v.astype(f32), s, lse_base=lse_base)
 
 
 def assert_state(ours, truth, dtype):
@@ -46,7 +52,7 @@ def assert_state(ours, truth, dtype):
 
 def check_merge_states(n, states, h, d, dtype, lse_base, backend):
     v, s = make_states(n, states, h, d, dtype)
-    truth = reference.merge_states(v.astype(f32), s, lse_base=lse_base)
+    truth = truth_of(v, s, lse_base)
     assert_state(ja.merge_states(v, s, lse_base=lse_base, backend=backend), truth, dtype)
     assert not np.asarray(truth[0][0]).any()
     assert np.isneginf(np.asarray(truth[1][0])).all()
@@ -55,7 +61,7 @@ def check_merge_states(n, states, h, d, dtype, lse_base, backend):
 def check_merge_state(n, h, d, dtype, lse_base, backend):
     v, s = make_states(n, 2, h, d, dtype)
     args = v[:, 0], s[:, 0], v[:, 1], s[:, 1]
-    truth = reference.merge_states(v.astype(f32), s, lse_base=lse_base)
+    truth = truth_of(v, s, lse_base)
     how = dict(lse_base=lse_base, backend=backend)
     assert_state(ja.merge_state(*args, **how), truth, dtype)
     assert_state(ja.merge_state_in_place(*args, **how), truth, dtype)
@@ -173,6 +179,17 @@ def make_plan(kind, merges, *, kv_heads, group, block_rows):
     return kind(**fields)
 
 
+def by_numpy(v, s):
+    """The states of the first axis, merged in float64."""
+    v, s = np.where(np.isneginf(s)[..., None], 0, v).astype(np.float64), np.float64(s)
+    peak = s.max(axis=0)
+    weights = np.exp(s - np.where(np.isneginf(peak), 0, peak))
+    total = weights.sum(axis=0)
+    merged = (weights[..., None] * v).sum(axis=0) / np.where(total == 0, 1, total)[..., None]
+    with np.errstate(divide="ignore"):
+        return merged, np.log(total) + peak
+
+
 def check_merge_splits(
     kind, merges, *, kv_heads, group, block_rows, d, dtype, num_merges, interpret
 ):
@@ -189,13 +206,10 @@ def check_merge_splits(
     merge = jax.jit(functools.partial(merge_splits, interpret=interpret))
     got = merge(o, lse, v.reshape(-1, d), s.reshape(-1), plan)
 
-    want_o, want_lse = np.array(o.astype(f32)), np.array(lse)
+    v, s = np.asarray(v), np.asarray(s)
+    want_o, want_lse = np.array(on_host(o)), np.array(lse)
     for (begin, end, count), first in zip(merges, firsts, strict=True):
-        merged_v, merged_s = reference.merge_states(
-            *(x[first : first + count].reshape(1, count, -1, *x.shape[3:]) for x in (v, s))
-        )
-        merged_v = np.asarray(merged_v).reshape(kv_heads, block_rows, d)
-        merged_s = np.asarray(merged_s).reshape(kv_heads, block_rows)
+        merged_v, merged_s = by_numpy(*(x[first : first + count] for x in (v, s)))
         for r in range(end - begin):
             token, j = divmod(begin + r, group)
             for c in range(kv_heads):
