@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache, norms and rotary embedding for serving language models in JAX."""
+"""Paged attention, norms and rotary embeddings for serving language models in JAX."""
 
 from jaxattn.append import append_paged_kv_cache as append_paged_kv_cache
 from jaxattn.attention import paged_decode as paged_decode

@@ -6,7 +6,14 @@ NUM_SMS_ELSEWHERE = 4  # off the GPU nothing needs filling; a few units still ex
 
 
 def num_sms() -> int:
-    """Streaming multiprocessors of the default GPU; a small number on any other platform."""
+    """Streaming multiprocessors of the GPU to fill; a small number on any other platform.
+
+    That is the GPU of the mesh in force, which may not be attached (compiling ahead of time), else
+    the default device.
+    """
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if target is not None and target.platform == "gpu" and target.num_cores:
+        return target.num_cores
     device = jax.devices()[0]
     return device.core_count if device.platform == "gpu" else NUM_SMS_ELSEWHERE
 

@@ -56,7 +56,7 @@ class Merge(NamedTuple):
     row_begin: Array
     row_end: Array
     slot: Array  # of the first of the tile's partial states
-    count: Array  # of its partial states; 0 in unused entries
+    num_states: Array  # partial states of the tile; 0 in unused entries
 
 
 @jax.tree_util.register_dataclass

@@ -8,6 +8,7 @@ p page size.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -50,19 +51,28 @@ def attention(q: Array, k: Array, v: Array, mask: Array, sm_scale: float) -> tup
 
 
 def _blocked_attention(
-    q: Array, k: Array, v: Array, see: tuple[Array, ...], mask_of, sm_scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    see: tuple[Array, ...],
+    mask_of: Callable[..., Array],
+    sm_scale: float,
 ) -> tuple[Array, Array]:
     """`attention` a block of query tokens at a time; mask_of(*see[block]) is the block's mask."""
-    t, h, _ = q.shape
-    block = min(t, max(1, MAX_SCORES // max(1, k.shape[0] * h)))
-
-    def one_token(args):
-        o, lse = attention(args[0][None], k, v, mask_of(*(x[None] for x in args[1:])), sm_scale)
-        return o[0], lse[0]
-
-    if block == t:
+    t, h, d = q.shape
+    block = max(1, MAX_SCORES // max(1, k.shape[0] * h))
+    if block >= t:
         return attention(q, k, v, mask_of(*see), sm_scale)
-    return jax.lax.map(one_token, (q, *see), batch_size=block)
+
+    def blocks(x: Array) -> Array:
+        padding = [(0, -t % block)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding, mode="edge").reshape(-1, block, *x.shape[1:])
+
+    o, lse = jax.lax.map(
+        lambda args: attention(args[0], k, v, mask_of(*args[1:]), sm_scale),
+        tuple(map(blocks, (q, *see))),
+    )
+    return o.reshape(-1, h, d)[:t], lse.reshape(-1, h)[:t]
 
 
 def _owned_tokens(cache: PagedKVCache, plan: DecodePlan | PrefillPlan) -> tuple[Array, ...]:
@@ -70,6 +80,7 @@ def _owned_tokens(cache: PagedKVCache, plan: DecodePlan | PrefillPlan) -> tuple[
 
     The request of a slot that no request owns is -1.
     """
+    assert plan.page_indices is not None  # the ops refuse a plan for contiguous keys
     p = cache.page_size
     entry = jnp.arange(plan.page_indices.size, dtype=jnp.int32)
     request = jnp.searchsorted(plan.page_start, entry, side="right").astype(jnp.int32) - 1

@@ -537,3 +537,12 @@ def test_cache_beyond_2_31_elements_gpu():
     k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in kv)
     cache = append(k, v, jnp.zeros_like(tokens), jnp.asarray(tokens), cache, table)
     check_decode(Paged(cache, table, [kv[0]], [kv[1]]), jnp.bfloat16, group=4, backend=None)
+
+
+def test_the_reference_takes_long_batches_in_blocks(monkeypatch):
+    paged = make_paged([40, 17, 0, 90], page_size=16)
+    check = functools.partial(
+        check_prefill, paged, [20, 17, 0, 9], jnp.bfloat16, group=2, causal=True
+    )
+    monkeypatch.setattr(ja.reference, "MAX_SCORES", 16 * 1024)
+    check(backend="xla")

@@ -47,12 +47,12 @@ def check_coverage(plan, keys_of_row):
         for a, b in zip(pieces, pieces[1:], strict=False):
             assert a.kv_end == b.kv_begin and a.kv_end > a.kv_begin and a.kv_end % KV_BLOCK == 0
         assert pieces[-1].kv_end == max(keys_of_row[begin:end])
-        merge = [m for m in merges if (m.row_begin, m.row_end) == (begin, end) and m.count]
+        merge = [m for m in merges if (m.row_begin, m.row_end) == (begin, end) and m.num_states]
         if len(pieces) == 1:
             assert pieces[0].slot == -1 and not merge
         else:
             assert [p.slot for p in pieces] == list(
-                range(merge[0].slot, merge[0].slot + merge[0].count)
+                range(merge[0].slot, merge[0].slot + merge[0].num_states)
             )
             assert len(merge) == 1
             slots += [p.slot for p in pieces]

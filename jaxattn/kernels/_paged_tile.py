@@ -31,20 +31,15 @@ class PagedTile:
         """Positions int32 [k] of the tile's tokens in their request."""
         return position + jnp.arange(self.block, dtype=jnp.int32)
 
-    def pages(self, position: jax.Array, end: jax.Array) -> jax.Array:
-        """Page ids int32 [k] of the tokens from `position`, a multiple of `block`, on; 0 from `end` on.
-
-        Loading them a tile ahead hides their latency.
-        """
+    def pages(self, position: jax.Array, end: jax.Array | None) -> jax.Array:
+        """Page ids int32 [k] of the tokens from `position`, a multiple of `block`, on; 0 from `end` on."""
         tokens = self.tokens(position)
         if self.indices_ref is None:
             return jnp.zeros_like(tokens)
-        entry = self.start + self._page_and_slot(position)[0]
-        return plgpu.load(
-            self.indices_ref.at[entry],
-            mask=None if end is None else tokens < end,
-            other=None if end is None else 0,
-        )
+        entries = self.indices_ref.at[self.start + self._page_and_slot(position)[0]]
+        if end is None:
+            return plgpu.load(entries)
+        return plgpu.load(entries, mask=tokens < end, other=0)
 
     def load(
         self, pages: jax.Array, position: jax.Array, end: jax.Array | None = None

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels._launch import launch
-from jaxattn.kernels._online_softmax import OnlineSoftmax, dot
+from jaxattn.kernels._online_softmax import OnlineSoftmax
 from jaxattn.kernels._paged_tile import PagedTile, divmod_by, load_rows
 from jaxattn.kernels.merge import merge_splits
 from jaxattn.kv_cache import PagedKVCache, RowStrides
@@ -32,18 +32,32 @@ class Config:
     block_kv: int  # keys of a tile
     num_warps: int
     num_stages: int
+    # Load the next tile's page ids an iteration ahead, or leave that to the pipeliner, which gives up a stage
+    # of K and V for it. H200, page size 16. Prefill 1 x 16384: 411 TFLOP/s ahead, 369 not. Decode, where the
+    # first tile's latency counts: 1 x 8192 takes 13.4 us ahead, 9.6 not; 32 x 64 x 32 heads 16.3 and 12.0.
+    pages_ahead: bool
 
 
 def default_config(block_rows: int, head_dim: int, dtype: jax.typing.DTypeLike) -> Config:
-    """The tile for a shape; a pure function of it."""
+    """The tile for a shape; a pure function of it. Figures: H200, kernel time."""
+    ahead = block_rows > 32
     if jnp.dtype(dtype) == jnp.float32:
-        # Full precision has no tensor cores: the smallest tiles, spread over many threads, spill least.
-        return Config(block_kv=16, num_warps=8, num_stages=2)
+        # 32 x 4096: 8 warps take 1.8 times as long.
+        return Config(block_kv=32, num_warps=4, num_stages=2, pages_ahead=ahead)
+    if ahead:
+        if head_dim > 128:
+            # 4 x 4096: 343 TFLOP/s; 8 warps 153, 64 keys with 8 warps 217.
+            return Config(block_kv=32, num_warps=4, num_stages=2, pages_ahead=True)
+        # 1 x 16384: 411 TFLOP/s; 4 stages 308. In prototypes 32 keys cost a quarter, 128 keys a third.
+        return Config(block_kv=64, num_warps=4, num_stages=3, pages_ahead=True)
     if head_dim > 128:
-        return Config(block_kv=32, num_warps=4 if block_rows <= 16 else 8, num_stages=2)
-    # H200, head_dim 128. Decode: 128 keys cost 17% on large cases, 32 keys 25%. Prefill 1 x 16384: 433 TFLOP/s,
-    # 512 new tokens on 32768: 412, the best there; 2 stages 376, 32 keys 331, 128 keys 281.
-    return Config(block_kv=64, num_warps=4, num_stages=3)
+        # 32 x 4096: 249 us; 4 warps 268, 32 keys 302.
+        return Config(block_kv=64, num_warps=8, num_stages=2, pages_ahead=False)
+    if head_dim <= 64:
+        # 64 x 8192: 248 us; 64 keys 331.
+        return Config(block_kv=128, num_warps=4, num_stages=3, pages_ahead=False)
+    # 64 x 8192: 474 us; 4 warps 538. 32 x 4096: 125 us; 4 warps 128.
+    return Config(block_kv=64, num_warps=2, num_stages=4, pages_ahead=False)
 
 
 def _attention_kernel(
@@ -55,7 +69,7 @@ def _attention_kernel(
     num_qo_heads: int,
     num_kv_heads: int,
     block_rows: int,
-    block_kv: int,
+    config: Config,
     page_size: int,
     causal: bool,
     strides: RowStrides,
@@ -63,7 +77,7 @@ def _attention_kernel(
 ):
     *indices_ref, o_ref, lse_ref, o_partial_ref, lse_partial_ref = refs
     head, work = pl.program_id(0), pl.program_id(1)
-    d = q_ref.shape[1]
+    d, block_kv = q_ref.shape[1], config.block_kv
     group = num_qo_heads // num_kv_heads
     item = WorkItem(*(items_ref[work, i] for i in range(len(WorkItem._fields))))
 
@@ -94,27 +108,31 @@ def _attention_kernel(
         whole = jnp.clip(item.row_begin // group + item.causal_offset, item.kv_begin, end)
 
     def step(i, carry, masked):
-        state = carry
+        state, pages = carry
         position = item.kv_begin + i * block_kv
-        pages = kv.pages(position, end if masked else None)
+        if config.pages_ahead:
+            next_pages = kv.pages(position + block_kv, end)
+        else:
+            pages, next_pages = kv.pages(position, end if masked else None), None
         k, v = kv.load(pages, position, end if masked else None)
-        s = dot(q, k, trans_b=True)
+        s = softmax.dot(q, k, trans_b=True)
         if masked:
             key = kv.tokens(position)
             seen = jnp.broadcast_to((key < end)[None, :], s.shape)
             if causal:
                 seen &= key[None, :] < (token + item.causal_offset)[:, None]
             s = jnp.where(seen, s, -jnp.inf)
-        return softmax.update(state, s, v)
+        return softmax.update(state, s, v), next_pages
 
     num_whole = (whole - item.kv_begin) // block_kv
     num_tiles = (end - item.kv_begin + block_kv - 1) // block_kv
-    carry = softmax.init(block_rows, cols.size)
+    first_pages = kv.pages(item.kv_begin, end) if config.pages_ahead else None
+    carry = softmax.init(block_rows, cols.size), first_pages
     carry = jax.lax.fori_loop(0, num_whole, functools.partial(step, masked=False), carry)
     carry = jax.lax.fori_loop(num_whole, num_tiles, functools.partial(step, masked=True), carry)
 
     # 3. A whole tile is the answer; a split one is a partial state.
-    o, lse = softmax.finalize(carry)
+    o, lse = softmax.finalize(carry[0])
     alone = item.slot < 0
     done = owned & alone
     plgpu.store(
@@ -202,7 +220,7 @@ def _attention(
             num_qo_heads=h,
             num_kv_heads=plan.num_kv_heads,
             block_rows=plan.block_rows,
-            block_kv=config.block_kv,
+            config=config,
             page_size=plan.page_size,
             causal=plan.causal,
             strides=strides,

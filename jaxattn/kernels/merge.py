@@ -164,7 +164,7 @@ def _merge_splits_kernel(
             lse_partial_ref,
             (merge.slot * num_kv_heads + head) * block_rows + r,
             num_kv_heads * block_rows,
-            merge.count,
+            merge.num_states,
             block=BLOCK_STATES // rows,
         )
         token, member = divmod_by(merge.row_begin + r, group)
