@@ -19,7 +19,7 @@ def launch(
     interpret: bool,
     aliases: Mapping[int, int] | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Runs `kernel(*arg_refs, *out_refs)` on every point of `grid`; the last grid axis varies fastest.
+    """Runs `kernel(*arg_refs, *out_refs)` on every point of `grid`; the first grid axis varies fastest.
 
     Each ref is a whole array in device memory: kernels compute the addresses they touch.
 
