@@ -1,0 +1,240 @@
+"""What is measured: shapes and dtypes, each with a name of its own. Imports no JAX.
+
+Lengths in a name are tokens: `b32_4k` is 32 requests of 4096. Attention has 32 query heads on 8 KV heads of 128 dims
+(Llama-3 8B, Qwen3-8B) unless its name says otherwise; `tpN` is one of N tensor-parallel ranks.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+NUM_LAYERS = 32  # of a decode step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    op: str
+    name: str
+    dtype: str = "bfloat16"
+
+    @property
+    def id(self) -> str:
+        """`op/name/dtype`, with the page size where there is one; no two cases share it."""
+        page_size = getattr(self, "page_size", None)
+        return "/".join([self.op, self.name, *([f"p{page_size}"] if page_size else []), self.dtype])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention(Case):
+    """op decode (one query token a request), decode_step (that in `num_layers` layers) or prefill (causal).
+
+    Query tokens are the last of their request's kv_len tokens.
+    """
+
+    kv_lens: tuple[int, ...]
+    qo_lens: tuple[int, ...]
+    page_size: int | None  # None: contiguous keys
+    num_qo_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    num_layers: int = 1
+
+    @property
+    def num_qo_tokens(self) -> int:
+        return sum(self.qo_lens)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all requests are whole prompts of one length, as kernels without lengths need."""
+        return self.qo_lens == self.kv_lens and len(set(self.kv_lens)) == 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Append(Case):
+    """`new` tokens each of `batch` requests, the last of kv_len."""
+
+    batch: int
+    new: int
+    kv_len: int
+    page_size: int
+    num_kv_heads: int = 8
+    head_dim: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge(Case):
+    states: int
+    tokens: int
+    num_qo_heads: int = 32
+    head_dim: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norm(Case):
+    """op rmsnorm or fused_add_rmsnorm."""
+
+    rows: int
+    hidden: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope(Case):
+    tokens: int
+    num_qo_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+
+
+def _decode(name: str, batch: int, kv_len: int, page_size: int, **shape) -> Attention:
+    lens = (kv_len,) * batch
+    return Attention(
+        op="decode", name=name, kv_lens=lens, qo_lens=(1,) * batch, page_size=page_size, **shape
+    )
+
+
+def _step(name: str, batch: int, kv_len: int, page_size: int = 16, **shape) -> Attention:
+    case = _decode(name, batch, kv_len, page_size, **shape)
+    return dataclasses.replace(case, op="decode_step", num_layers=NUM_LAYERS)
+
+
+def _prefill(
+    name: str, batch: int, qo_len: int, kv_len: int, page_size: int | None, **shape
+) -> Attention:
+    return Attention(
+        op="prefill",
+        name=name,
+        kv_lens=(kv_len,) * batch,
+        qo_lens=(qo_len,) * batch,
+        page_size=page_size,
+        **shape,
+    )
+
+
+def _append(name: str, batch: int, new: int, page_size: int) -> Append:
+    return Append(
+        op="append", name=name, batch=batch, new=new, kv_len=max(new, 1024), page_size=page_size
+    )
+
+
+def _norms(rows: int, hidden: int, dtype: str = "bfloat16") -> list[Norm]:
+    name = f"{rows}x{hidden}"
+    ops = ("rmsnorm", "fused_add_rmsnorm")
+    return [Norm(op=op, name=name, rows=rows, hidden=hidden, dtype=dtype) for op in ops]
+
+
+def _full() -> list[Case]:
+    cases: list[Case] = []
+
+    lengths = {"b1_8k": (1, 8192), "b1_32k": (1, 32768), "b1_128k": (1, 131072)}
+    lengths |= {"b8_4k": (8, 4096), "b32_4k": (32, 4096), "b128_2k": (128, 2048)}
+    lengths |= {"b64_8k": (64, 8192)}
+    for page_size in (1, 16):
+        cases += [_decode(name, *shape, page_size) for name, shape in lengths.items()]
+        skew = _decode("skew", 64, 1024, page_size)  # one long request among short ones
+        cases.append(dataclasses.replace(skew, kv_lens=(65536,) + (1024,) * 63))
+        cases.append(_decode("mha_b32_4k", 32, 4096, page_size, num_kv_heads=32))
+        cases.append(_decode("mqa_b32_8k", 32, 8192, page_size, num_kv_heads=4))
+        tp8 = dict(num_qo_heads=8, num_kv_heads=1)
+        cases.append(_decode("70b_tp8_b64_4k", 64, 4096, page_size, **tp8))
+    cases += [_decode(name, *lengths[name], 64) for name in ("b8_4k", "b32_4k", "b64_8k")]
+    # The seed's profile: 32 requests of 64 pages of one token, 32 heads.
+    cases += [
+        _decode("seed_profile", 32, 64, 1, num_kv_heads=32, dtype=dtype)
+        for dtype in ("bfloat16", "float16")
+    ]
+    cases += [
+        _decode("70b_tp4_b64_4k", 64, 4096, 16, num_qo_heads=16, num_kv_heads=2),
+        _decode("qwen3_32b_b32_4k", 32, 4096, 16, num_qo_heads=64),
+        _decode("qwen3_235b_tp4_b64_4k", 64, 4096, 16, num_qo_heads=16, num_kv_heads=1),
+    ]
+
+    prompts = {"b1_4k": (1, 4096, 4096), "b1_16k": (1, 16384, 16384), "b4_4k": (4, 4096, 4096)}
+    prompts |= {"b16_1k": (16, 1024, 1024)}
+    appends = {"append_b8_128_8k": (8, 128, 8192), "spec_b32_4_4k": (32, 4, 4096)}
+    appends |= {"chunk_512_32k": (1, 512, 32768)}
+    for page_size in (1, 16):
+        cases += [_prefill(name, *shape, page_size) for name, shape in (prompts | appends).items()]
+    cases += [_prefill(name, *prompts[name], 64) for name in ("b1_16k", "b4_4k")]
+    cases += [_prefill(name, *shape, None) for name, shape in prompts.items()]
+    cases += [
+        _prefill("b4_4k", *prompts["b4_4k"], 16, dtype="float16"),
+        _prefill("70b_tp8_b4_4k", *prompts["b4_4k"], 16, num_qo_heads=8, num_kv_heads=1),
+        _prefill("qwen3_32b_b4_4k", *prompts["b4_4k"], 16, num_qo_heads=64),
+    ]
+
+    cases += [_append(name, *shape, 16) for name, shape in _APPENDS.items()]
+    cases += [_append("b1_4k", 1, 4096, 1), _append("b4_4k", 4, 4096, 1)]
+    cases += [_append("b4_4k", 4, 4096, 64)]
+
+    for states, tokens in ((2, 4096), (8, 32), (64, 32)):
+        name = f"{states}_states_{tokens}"
+        cases.append(Merge(op="merge_states", name=name, states=states, tokens=tokens))
+
+    for rows in (1, 32, 128, 4096, 16384):
+        cases += _norms(rows, 4096)
+    cases += _norms(8192, 8192) + _norms(4096, 5120)  # Llama-3 70B, Qwen3-32B
+    cases += _norms(4096, 4096, "float16")  # the seed's profile
+    # Qwen3's norm of q and k: 4096 tokens of 40 heads.
+    cases.append(Norm(op="rmsnorm", name="qk_163840x128", rows=163840, hidden=128))
+
+    for tokens in (1, 32, 128, 4096, 16384):
+        cases.append(Rope(op="rope", name=str(tokens), tokens=tokens))
+    cases += [
+        Rope(op="rope", name="70b_tp8_4096", tokens=4096, num_qo_heads=8, num_kv_heads=1),
+        Rope(op="rope", name="qwen3_32b_4096", tokens=4096, num_qo_heads=64),
+    ]
+
+    cases += [
+        _step("b1_8k", 1, 8192),
+        _step("b8_4k", 8, 4096),
+        _step("b32_4k", 32, 4096),
+        _step("b32_4k", 32, 4096, 1),
+        _step("b128_2k", 128, 2048),
+        _step("b1_2k", 1, 2048),
+        _step("b8_2k", 8, 2048),
+        _step("b32_2k", 32, 2048),
+        _step("b8_8k", 8, 8192),
+        _step("b8_32k", 8, 32768),
+    ]
+    return cases
+
+
+_APPENDS = {"b1_1": (1, 1), "b32_1": (32, 1), "b256_1": (256, 1), "b4_4k": (4, 4096)}
+
+
+def _smoke() -> list[Case]:
+    """One small case an op, for a CPU: lengths that fit no tile, and every kind of page."""
+    heads = dict(num_qo_heads=8, num_kv_heads=2)
+    decode = _decode("ragged", 3, 1, 16, **heads)
+    prefill = _prefill("ragged", 2, 1, 1, 1, **heads)
+    return [
+        dataclasses.replace(decode, kv_lens=(33, 1, 70)),
+        dataclasses.replace(prefill, kv_lens=(40, 17), qo_lens=(5, 17)),
+        _prefill("b2_32", 2, 32, 32, None, **heads),
+        _append("b2_3", 2, 3, 16),
+        Merge(op="merge_states", name="3_states_5", states=3, tokens=5, num_qo_heads=4),
+        *_norms(5, 256, "float16"),
+        Rope(op="rope", name="5", tokens=5, num_qo_heads=4, num_kv_heads=2),
+        dataclasses.replace(_step("b2_40", 2, 40, **heads), num_layers=2),
+    ]
+
+
+def select(
+    *, smoke: bool = False, ops: Sequence[str] = (), names: Sequence[str] = ()
+) -> list[Case]:
+    """Cases of these ops whose id contains one of these names; empty: all.
+
+    Raises:
+      ValueError: an op that no case has, or nothing matches.
+    """
+    cases = _smoke() if smoke else _full()
+    known = list(dict.fromkeys(case.op for case in cases))
+    if unknown := set(ops) - set(known):
+        raise ValueError(f"ops must be among {known}; got {sorted(unknown)}")
+    chosen = [
+        case
+        for case in cases
+        if (not ops or case.op in ops) and (not names or any(name in case.id for name in names))
+    ]
+    if not chosen:
+        raise ValueError(f"no case matches {ops=}, {names=}")
+    return chosen

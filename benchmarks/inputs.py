@@ -1,0 +1,155 @@
+"""Random inputs of a case, made on the device: standard normal values, randomly permuted pages.
+
+Lengths and page tables are also kept as NumPy arrays, since host-side planners want them there.
+"""
+
+import dataclasses
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import jaxattn as ja
+from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
+
+ROPE_THETA = 5e5
+EPS = 1e-6
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """A page table, on the device and on the host."""
+
+    table: ja.PageTable
+    indptr: np.ndarray
+    indices: np.ndarray
+    last_page_len: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionInputs:
+    q: Array  # [t, h, d]
+    caches: tuple[
+        ja.PagedKVCache, ...
+    ]  # one a layer; contiguous keys are pages of one token in order
+    pages: Pages
+    qo_indptr: np.ndarray
+    kv_indptr: np.ndarray  # in tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AppendInputs:
+    key: Array  # [t, kh, d]
+    value: Array
+    batch_indices: Array
+    positions: Array
+    cache: ja.PagedKVCache
+    pages: Pages
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MergeInputs:
+    v: Array  # [n, s, h, d]
+    s: Array  # float32 [n, s, h], log2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NormInputs:
+    x: Array  # [rows, hidden]
+    residual: Array | None  # of fused_add_rmsnorm
+    weight: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RopeInputs:
+    query: Array  # [t, h, d]
+    key: Array  # [t, kh, d]
+    positions: Array  # int32 [t], a permutation: every token reads its own row of the table
+    cos_sin_cache: Array
+
+
+def make_inputs(case: Case) -> Any:
+    """The inputs of a case; the same values at every call."""
+    seed = zlib.crc32(case.id.encode()) >> 2  # an int32, also after the additions below
+    rng = np.random.default_rng(seed)
+    normal = functools.partial(_normal, dtype=case.dtype)
+    match case:
+        case Attention():
+            pages = _pages(case.kv_lens, case.page_size, rng)
+            shape = (pages.indices.size, case.page_size or 1, case.num_kv_heads, case.head_dim)
+            caches = tuple(
+                ja.PagedKVCache(
+                    (normal(seed + 2 * i + 1, shape=shape), normal(seed + 2 * i + 2, shape=shape))
+                )
+                for i in range(case.num_layers)
+            )
+            q = normal(seed, shape=(case.num_qo_tokens, case.num_qo_heads, case.head_dim))
+            return AttentionInputs(q, caches, pages, _indptr(case.qo_lens), _indptr(case.kv_lens))
+        case Append():
+            pages = _pages((case.kv_len,) * case.batch, case.page_size, rng)
+            tokens = (case.batch * case.new, case.num_kv_heads, case.head_dim)
+            shape = (pages.indices.size, case.page_size, *tokens[1:])
+            position = np.tile(np.arange(case.kv_len - case.new, case.kv_len), case.batch)
+            return AppendInputs(
+                normal(seed, shape=tokens),
+                normal(seed + 1, shape=tokens),
+                _int32(np.repeat(np.arange(case.batch), case.new)),
+                _int32(position),
+                ja.PagedKVCache((normal(seed + 2, shape=shape), normal(seed + 3, shape=shape))),
+                pages,
+            )
+        case Merge():
+            heads = (case.tokens, case.states, case.num_qo_heads)
+            return MergeInputs(
+                normal(seed, shape=(*heads, case.head_dim)),
+                _normal(seed + 1, shape=heads, dtype="float32"),
+            )
+        case Norm():
+            rows = (case.rows, case.hidden)
+            residual = normal(seed + 1, shape=rows) if case.op == "fused_add_rmsnorm" else None
+            weight = normal(seed + 2, shape=(case.hidden,))
+            return NormInputs(normal(seed, shape=rows), residual, weight)
+        case Rope():
+            length = max(case.tokens, 8192)
+            return RopeInputs(
+                normal(seed, shape=(case.tokens, case.num_qo_heads, case.head_dim)),
+                normal(seed + 1, shape=(case.tokens, case.num_kv_heads, case.head_dim)),
+                _int32(rng.permutation(length)[: case.tokens]),
+                ja.precompute_freqs_cis(case.head_dim, length, ROPE_THETA),
+            )
+    raise TypeError(f"no inputs for {type(case).__name__}")
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(seed: Any, *, shape: tuple[int, ...], dtype: str) -> Array:
+    # In float32, then rounded: drawn in 16 bits, the values would be a few hundred distinct ones.
+    key = jax.random.key(seed, impl="rbg")
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+
+def _int32(x: np.ndarray) -> Array:
+    return jnp.asarray(x.astype(np.int32))
+
+
+def _indptr(lens: tuple[int, ...]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
+
+
+def _pages(kv_lens: tuple[int, ...], page_size: int | None, rng: np.random.Generator) -> Pages:
+    counts = np.array([-(-n // (page_size or 1)) for n in kv_lens])
+    last = (np.array(kv_lens) - (counts - 1) * (page_size or 1)).astype(np.int32)
+    total = int(counts.sum())
+    indices = (rng.permutation(total) if page_size else np.arange(total)).astype(np.int32)
+    indptr = _indptr(tuple(counts))
+    table = ja.PageTable(_int32(indptr), _int32(indices), _int32(last))
+    return Pages(table, indptr, indices, last)

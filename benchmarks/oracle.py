@@ -1,0 +1,142 @@
+"""Whether an output is right: its error against `jaxattn.reference` in float32, on the case's own inputs.
+
+The error is the largest relative error of a row (a token, a page slot): ||out - ref|| / ||ref||. Attention is checked
+on up to ROWS query tokens of every request, the first and the last among them, or of REQUESTS requests in
+CHECKED_LAYERS of a decode step; everything else in full.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import jaxattn as ja
+from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
+from benchmarks.inputs import EPS, AttentionInputs
+from jaxattn import reference
+
+ROWS = 16
+REQUESTS = 8
+CHECKED_LAYERS = (0, 1, -1)
+
+# Twice and more what rounding the inputs of the matrix products costs; a wrong row is off by far more.
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+
+
+class Oracle(NamedTuple):
+    error: Callable[[Sequence[Array]], float]  # of a call's outputs
+    checked: str
+
+
+def make_oracle(case: Case, inputs: Any) -> Oracle:
+    """The oracle of a case; what it needs is computed here, once for all providers."""
+    if isinstance(case, Attention):
+        if case.op == "decode_step":
+            return _step_oracle(case, inputs)
+        rows = {r: _spread(n, ROWS) for r, n in enumerate(case.qo_lens)}
+        tokens, o = _attention(case, inputs, inputs.caches[0], inputs.q, rows)
+        checked = f"{tokens.size} of {case.num_qo_tokens} query tokens"
+        return Oracle(lambda out: _error([out[0][tokens]], [o]), checked)
+    expected = _expected(case, inputs)
+    return Oracle(lambda out: _error(out, expected), "all")
+
+
+def _expected(case: Case, x: Any) -> Sequence[Array]:
+    """All outputs of an op other than attention, float32; of append, the caches as they must be."""
+
+    def float32(tree):
+        return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+    match case:
+        case Append():
+            write = jax.jit(reference.append_paged_kv_cache)
+            table = x.pages.table
+            cache = write(x.key, x.value, x.batch_indices, x.positions, x.cache, table)
+            return [pages.reshape(-1, *pages.shape[2:]) for pages in cache.arrays]
+        case Merge():
+            merge = jax.jit(functools.partial(reference.merge_states, lse_base="log2"))
+            return merge(*float32((x.v, x.s)))
+        case Norm() if x.residual is not None:
+            norm = jax.jit(functools.partial(reference.fused_add_rmsnorm, eps=EPS))
+            return norm(*float32((x.x, x.residual, x.weight)))
+        case Norm():
+            norm = jax.jit(functools.partial(reference.rmsnorm, eps=EPS))
+            return [norm(*float32((x.x, x.weight)))]
+        case Rope():
+            rope = jax.jit(functools.partial(reference.rope, interleave=False))
+            return rope(*float32((x.query, x.key)), x.positions, x.cos_sin_cache)
+    raise TypeError(f"no oracle for {type(case).__name__}")
+
+
+def _step_oracle(case: Attention, inputs: AttentionInputs) -> Oracle:
+    """Each checked layer against the attention of what this very step gave it as its query."""
+    rows = {r: np.array([0]) for r in _spread(len(case.kv_lens), REQUESTS)}
+
+    def error(outputs: Sequence[Array]) -> float:
+        errors = []
+        for layer in {i % case.num_layers for i in CHECKED_LAYERS}:
+            q = outputs[layer - 1] if layer else inputs.q
+            tokens, expected = _attention(case, inputs, inputs.caches[layer], q, rows)
+            errors.append(_error([outputs[layer][tokens]], [expected]))
+        return float(np.max(errors))
+
+    return Oracle(
+        error,
+        f"{len(rows)} of {len(case.kv_lens)} requests in layers "
+        f"{sorted({i % case.num_layers for i in CHECKED_LAYERS})}",
+    )
+
+
+def _spread(n: int, count: int) -> np.ndarray:
+    """Up to `count` of 0 .. n - 1, evenly spread, both ends among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
+
+
+def _attention(
+    case: Attention,
+    inputs: AttentionInputs,
+    cache: ja.PagedKVCache,
+    q: Array,
+    rows: dict[int, np.ndarray],
+) -> tuple[np.ndarray, Array]:
+    """Attention of some rows of some requests: (their tokens, o float32 [rows, h, d])."""
+    tokens, outputs = [], []
+    for request, own in rows.items():
+        begin, end = inputs.pages.indptr[request : request + 2]
+        first = inputs.qo_indptr[request]
+        last_key = case.kv_lens[request] - case.qo_lens[request] + own
+        outputs.append(
+            _attend(
+                q[first + own],
+                *cache.arrays,
+                jnp.asarray(inputs.pages.indices[begin:end]),
+                jnp.asarray(last_key.astype(np.int32)),
+            )
+        )
+        tokens.append(first + own)
+    return np.concatenate(tokens), jnp.concatenate(outputs)
+
+
+@jax.jit
+def _attend(q: Array, k_pages: Array, v_pages: Array, page_ids: Array, last_key: Array) -> Array:
+    k, v = (pages[page_ids].reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages))
+    mask = jnp.arange(k.shape[0], dtype=jnp.int32)[None, :] <= last_key[:, None]
+    scale = 1 / math.sqrt(q.shape[-1])
+    return reference.attention(q.astype(jnp.float32), k, v, mask, scale)[0]
+
+
+def _error(outputs: Sequence[Array], expected: Sequence[Array]) -> float:
+    errors = [float(_row_error(*pair)) for pair in zip(outputs, expected, strict=True)]
+    return float(np.max(errors))  # unlike max(), it keeps a NaN
+
+
+@jax.jit
+def _row_error(out: Array, expected: Array) -> Array:
+    a, b = (x.astype(jnp.float32).reshape(expected.shape[0], -1) for x in (out, expected))
+    norm = jnp.linalg.norm(b, axis=1)
+    return jnp.max(jnp.linalg.norm(a - b, axis=1) / jnp.maximum(norm, 1e-30))

@@ -1,0 +1,205 @@
+"""FlashInfer, in this process: the arrays of the case are handed to PyTorch by DLPack, without a copy.
+
+Programmatic dependent launch is off where kernel time is measured: it lets a call's kernels overlap, and their times
+would then be counted twice. Decode steps, measured by the clock, have it on as FlashInfer's default has it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flashinfer
+import jax
+import torch
+
+from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
+from benchmarks.inputs import EPS, AttentionInputs
+from benchmarks.timing import Call
+
+WORKSPACE_BYTES = 512 * 2**20
+
+
+def versions() -> dict[str, str]:
+    return {"flashinfer": flashinfer.__version__, "torch": torch.__version__}
+
+
+def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
+    if jax.default_backend() != "gpu":
+        return {}
+    if not isinstance(case, Attention):
+        return {"flashinfer": lambda: _call(case, inputs)}
+    make = {"decode": _decode, "decode_step": _decode_step, "prefill": _prefill}[case.op]
+    choices = ("fa2", "fa3") if case.op == "prefill" else ("cuda-cores", "tensor-cores")
+    return {
+        f"flashinfer-{choice}": functools.partial(make, case, inputs, choice) for choice in choices
+    }
+
+
+def _call(case: Case, x: Any) -> Call:
+    match case:
+        case Append():
+            cache = tuple(_torch(pages).clone() for pages in x.cache.arrays)
+            new = [_torch(a) for a in (x.key, x.value, x.batch_indices, x.positions)]
+            table = x.pages.table
+            where = [_torch(a) for a in (table.indices, table.indptr, table.last_page_len)]
+
+            def run():
+                flashinfer.append_paged_kv_cache(*new, cache, *where)
+                return cache
+        case Merge():
+            v, s = _torch(x.v), _torch(x.s)
+
+            def run():
+                return flashinfer.merge_states(v, s)
+        case Norm() if x.residual is not None:
+            normed, residual = _torch(x.x).clone(), _torch(x.residual).clone()
+            weight = _torch(x.weight)
+
+            def run():
+                flashinfer.fused_add_rmsnorm(normed, residual, weight, EPS, enable_pdl=False)
+                return normed, residual
+        case Norm():
+            rows, weight = _torch(x.x), _torch(x.weight)
+            y = torch.empty_like(rows)
+
+            def run():
+                flashinfer.rmsnorm(rows, weight, EPS, out=y, enable_pdl=False)
+                return (y,)
+        case Rope():
+            q, k = _torch(x.query).clone(), _torch(x.key).clone()
+            positions, table = _torch(x.positions), _torch(x.cos_sin_cache)
+
+            def run():
+                flashinfer.apply_rope_with_cos_sin_cache_inplace(
+                    positions, q, k, case.head_dim, table
+                )
+                return q, k
+        case _:
+            raise TypeError(f"no call for {type(case).__name__}")
+    return Call(run, _wait)
+
+
+def probe() -> Call:
+    """A small kernel of PyTorch's, for choosing a timer that sees it."""
+    x = torch.ones(1024, device="cuda")
+    return Call(lambda: x + 1, _wait)
+
+
+def _torch(array: jax.Array) -> torch.Tensor:
+    return torch.from_dlpack(jax.block_until_ready(array))
+
+
+def _wait(outputs: Any) -> None:
+    torch.cuda.synchronize()
+
+
+@functools.cache
+def _workspace() -> torch.Tensor:
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def _host(x: Any) -> torch.Tensor:
+    return torch.from_numpy(x).pin_memory()
+
+
+def _paged_call(wrapper: Any, x: AttentionInputs) -> Call:
+    q, cache = _torch(x.q), tuple(map(_torch, x.caches[0].arrays))
+    out = torch.empty_like(q)
+
+    def run():
+        wrapper.run(q, cache, out=out, enable_pdl=False)
+        return (out,)
+
+    return Call(run, _wait)
+
+
+def _plan_decode(wrapper: Any, case: Attention, x: AttentionInputs) -> Any:
+    """A function that plans: lengths from the host, page ids already on the device, as engines have them."""
+    return functools.partial(
+        wrapper.plan,
+        _host(x.pages.indptr),
+        _torch(x.pages.table.indices),
+        _host(x.pages.last_page_len),
+        case.num_qo_heads,
+        case.num_kv_heads,
+        case.head_dim,
+        case.page_size,
+        q_data_type=getattr(torch, case.dtype),
+    )
+
+
+def _decode(case: Attention, x: AttentionInputs, choice: str) -> Call:
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        _workspace(), "NHD", use_tensor_cores=choice == "tensor-cores"
+    )
+    _plan_decode(wrapper, case, x)()
+    return _paged_call(wrapper, x)
+
+
+def _prefill(case: Attention, x: AttentionInputs, choice: str) -> Call:
+    shape = (case.num_qo_heads, case.num_kv_heads, case.head_dim)
+    how = dict(causal=True, q_data_type=getattr(torch, case.dtype))
+    if case.page_size is not None:
+        paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend=choice)
+        paged.plan(
+            _host(x.qo_indptr),
+            _host(x.pages.indptr),
+            _torch(x.pages.table.indices),
+            _host(x.pages.last_page_len),
+            *shape,
+            case.page_size,
+            **how,
+        )
+        return _paged_call(paged, x)
+
+    ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_workspace(), "NHD", backend=choice)
+    ragged.plan(_host(x.qo_indptr), _host(x.kv_indptr), *shape, **how)
+    q, k, v = _torch(x.q), *(_torch(pages)[:, 0] for pages in x.caches[0].arrays)
+    out = torch.empty_like(q)
+
+    def run():
+        ragged.run(q, k, v, out=out, enable_pdl=False)
+        return (out,)
+
+    return Call(run, _wait)
+
+
+def _decode_step(case: Attention, x: AttentionInputs, choice: str) -> Call:
+    """plan() and the replay of one CUDA graph that holds the attention of every layer."""
+    q, indices = _torch(x.q), _torch(x.pages.table.indices)
+    caches = [tuple(map(_torch, cache.arrays)) for cache in x.caches]
+    batch = len(case.kv_lens)
+    wrapper = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+        _workspace(),
+        torch.empty(batch + 1, dtype=torch.int32, device="cuda"),
+        torch.empty_like(indices),
+        torch.empty(batch, dtype=torch.int32, device="cuda"),
+        "NHD",
+        use_tensor_cores=choice == "tensor-cores",
+    )
+    plan = _plan_decode(wrapper, case, x)
+    outputs = [torch.empty_like(q) for _ in caches]
+
+    def layers():
+        hidden = q
+        for cache, out in zip(caches, outputs):
+            hidden = wrapper.run(hidden, cache, out=out)
+
+    plan()
+    layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # Only this thread: JAX's own query events meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        layers()
+    planned = torch.cuda.Event()
+
+    def run():
+        # plan() stages its results in one pinned buffer: it must not start before the last copy from it is done.
+        planned.synchronize()
+        plan()
+        planned.record()
+        graph.replay()
+        return outputs
+
+    return Call(run, _wait)

@@ -1,0 +1,108 @@
+"""This library: on a GPU its kernels, elsewhere its XLA reference.
+
+Kernel times of attention leave the plan out, as those of FlashInfer do; a decode step has it in.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxattn as ja
+from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
+from benchmarks.inputs import EPS, AttentionInputs
+from benchmarks.timing import Call
+
+
+def versions() -> dict[str, str]:
+    return {}
+
+
+def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
+    return {"jaxattn": lambda: make_call(case, inputs)}
+
+
+def make_call(case: Case, x: Any, *, backend: str | None = None) -> Call:
+    """The op of a case, bound to its inputs."""
+    match case:
+        case Attention():
+            return _attention(case, x, backend)
+        case Append():
+
+            def append(k, v, key, value, batch_indices, positions, table):
+                cache = ja.PagedKVCache((k, v))
+                return ja.append_paged_kv_cache(
+                    key, value, batch_indices, positions, cache, table, backend=backend
+                ).arrays
+
+            new = (x.key, x.value, x.batch_indices, x.positions)
+            return in_place(append, x.cache.arrays, (*new, x.pages.table))
+        case Merge():
+            merge = jax.jit(functools.partial(ja.merge_states, lse_base="log2", backend=backend))
+            return Call(lambda: merge(x.v, x.s))
+        case Norm() if x.residual is not None:
+            fused = functools.partial(ja.fused_add_rmsnorm, eps=EPS, backend=backend)
+            return in_place(fused, (x.x, x.residual), (x.weight,))
+        case Norm():
+            norm = jax.jit(functools.partial(ja.rmsnorm, eps=EPS, backend=backend))
+            return Call(lambda: (norm(x.x, x.weight),))
+        case Rope():
+
+            def rope(query, key, positions, table):
+                return ja.apply_rope_with_cos_sin_cache_inplace(
+                    positions, query, key, case.head_dim, table, backend=backend
+                )
+
+            return in_place(rope, (x.query, x.key), (x.positions, x.cos_sin_cache))
+    raise TypeError(f"no call for {type(case).__name__}")
+
+
+def in_place(fn: Callable[..., Any], updated: tuple[jax.Array, ...], rest: tuple[Any, ...]) -> Call:
+    """`fn(*updated, *rest)` writing its results over `updated`: donated, each call takes the last one's results."""
+    step = jax.jit(fn, donate_argnums=tuple(range(len(updated))))
+    state = [jnp.copy(array) for array in updated]
+
+    def run() -> tuple[jax.Array, ...]:
+        state[:] = step(*state, *rest)
+        return tuple(state)
+
+    return Call(run)
+
+
+def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call:
+    heads: dict[str, Any] = dict(num_qo_heads=case.num_qo_heads, num_kv_heads=case.num_kv_heads)
+    tokens: dict[str, Any] = dict(num_qo_tokens=case.num_qo_tokens)
+    qo_indptr = jnp.asarray(x.qo_indptr)
+    if case.page_size is None:
+        k, v = (pages[:, 0] for pages in x.caches[0].arrays)
+        plan_ragged = jax.jit(functools.partial(ja.plan_ragged_prefill, **heads, **tokens))
+        ragged_plan = plan_ragged(qo_indptr, jnp.asarray(x.kv_indptr))
+        ragged = jax.jit(functools.partial(ja.ragged_prefill, backend=backend))
+        return Call(lambda: (ragged(x.q, k, v, ragged_plan),))
+
+    heads |= dict(page_size=case.page_size)
+    plan_decode = jax.jit(functools.partial(ja.plan_decode, **heads))
+    # Traced once, called in every layer.
+    decode = jax.jit(functools.partial(ja.paged_decode, backend=backend))
+    match case.op:
+        case "decode":
+            decode_plan = plan_decode(x.pages.table)
+            return Call(lambda: (decode(x.q, x.caches[0], decode_plan),))
+        case "prefill":
+            plan = jax.jit(functools.partial(ja.plan_prefill, **heads, **tokens))
+            prefill_plan = plan(qo_indptr, x.pages.table)
+            prefill = jax.jit(functools.partial(ja.paged_prefill, backend=backend))
+            return Call(lambda: (prefill(x.q, x.caches[0], prefill_plan),))
+
+    @jax.jit
+    def step(q, caches, table):
+        plan = plan_decode(table)
+        outputs = []
+        for cache in caches:
+            q = decode(q, cache, plan)
+            outputs.append(q)
+        return outputs
+
+    return Call(lambda: step(x.q, x.caches, x.pages.table))

@@ -1,0 +1,23 @@
+"""tokamax's attention, by its own choice of kernel: whole prompts of one length, contiguous keys."""
+
+import functools
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import tokamax
+
+from benchmarks.cases import Case
+from benchmarks.providers.cudnn import dense_prefill, takes
+from benchmarks.timing import Call
+
+
+def versions() -> dict[str, str]:
+    return {"tokamax": metadata.version("tokamax")}
+
+
+def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
+    if not takes(case):
+        return {}
+    attend = functools.partial(tokamax.dot_product_attention, is_causal=True)
+    return {"tokamax": lambda: dense_prefill(case, inputs, attend)}

@@ -1,0 +1,18 @@
+"""What XLA's own fusion makes of the plain jnp definition of each op but attention, which it does not fuse."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.cases import Attention, Case
+from benchmarks.providers import jaxattn
+from benchmarks.timing import Call
+
+
+def versions() -> dict[str, str]:
+    return {}
+
+
+def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
+    if isinstance(case, Attention):
+        return {}
+    return {"xla": lambda: jaxattn.make_call(case, inputs, backend="xla")}

@@ -1,0 +1,181 @@
+"""`python -m benchmarks tune`: an op under every tile configuration, beside the default; for those who set defaults.
+
+Configurations that spill registers, or serialise tensor-core instructions, are rejected by compiling for the GPU's
+description alone. The library itself never tunes: it looks its defaults up.
+"""
+
+import argparse
+import contextvars
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import jax
+
+from benchmarks import cases, timing
+from benchmarks.cases import Case
+from benchmarks.compile_report import KernelReport, compile_for
+from benchmarks.inputs import make_inputs
+from benchmarks.oracle import TOLERANCE, make_oracle
+from benchmarks.providers import jaxattn as ours
+from benchmarks.timing import Call
+from benchmarks.work import work
+from jaxattn.kernels import append, attention, rmsnorm, rope
+
+Config = dict[str, Any]  # the fields that differ from the default
+
+_ATTENTION = dict(block_kv=(32, 64, 128), num_warps=(2, 4, 8), num_stages=(2, 3, 4))
+_NORM = dict(num_warps=(2, 4, 8, 16, 32))
+SPACES: dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]] = {
+    "decode": (attention, _ATTENTION),
+    "prefill": (attention, _ATTENTION),
+    "append": (append, dict(block_rows=(4, 8, 16, 32), num_warps=(1, 2, 4, 8))),
+    "rmsnorm": (rmsnorm, _NORM),
+    "fused_add_rmsnorm": (rmsnorm, _NORM),
+    "rope": (rope, dict(block_heads=(4, 8, 16, 32, 64), num_warps=(1, 2, 4, 8))),
+}
+TARGETS = {"NVIDIA H200": "h200", "NVIDIA H100": "h200", "NVIDIA A100": "a100"}  # by architecture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", choices=SPACES)
+    parser.add_argument("--cases", default="", help="part of case ids; default: all of the op")
+    parser.add_argument("--smoke", action="store_true", help="the small cases")
+    parser.add_argument(
+        "--target", choices=sorted(set(TARGETS.values())), help="default: the GPU at hand"
+    )
+    parser.add_argument(
+        "--static", action="store_true", help="compile only, for --target; needs no GPU"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    target = options.target or _target()
+    if options.static and not target:
+        raise ValueError("--static needs --target where there is no known GPU")
+    names = [options.cases] if options.cases else []
+    for case in cases.select(smoke=options.smoke, ops=[options.op], names=names):
+        print(f"\n{case.id}, {jax.devices()[0].device_kind}, target {target}\n")
+        print(tune(case, target, static=options.static), flush=True)
+    return 0
+
+
+def tune(case: Case, target: str | None, *, static: bool = False) -> str:
+    """A Markdown table of the configurations, the fastest first."""
+    configs = [{}, *candidates(case.op)]  # {}: the default
+    with _overridable(SPACES[case.op][0]), ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda config: _compile(case, config, target), configs))
+        times: dict[int, float] = {}
+        if not static:
+            sound = {i: configs[i] for i, (_, fault) in enumerate(compiled) if not fault}
+            times = _times(case, sound, compiled, pool)
+    fields = list(SPACES[case.op][1])
+    lines = [[*fields, "registers", "us", "TB/s", "TFLOP/s", "fault"], ["---"] * (len(fields) + 5)]
+    done = work(case)
+    for i in sorted(range(len(configs)), key=lambda i: times.get(i, float("inf"))):
+        reports, fault = compiled[i]
+        us = times.get(i)
+        lines.append(
+            [
+                *([str(configs[i][name]) for name in fields] if i else ["default"] * len(fields)),
+                "+".join(str(report.registers) for report in reports),
+                f"{us:.2f}" if us else "",
+                f"{done.bytes / us / 1e6:.2f}" if us else "",
+                f"{done.flops / us / 1e6:.0f}" if us and done.flops else "",
+                fault,
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def candidates(op: str) -> list[Config]:
+    """Every combination of the op's space."""
+    space = SPACES[op][1]
+    return [dict(zip(space, values)) for values in itertools.product(*space.values())]
+
+
+_override: contextvars.ContextVar[Config] = contextvars.ContextVar("override")
+
+
+@contextmanager
+def _overridable(module: ModuleType) -> Iterator[None]:
+    """The module's default_config obeys `_override`, in each thread its own."""
+    default = module.default_config
+
+    def config(*args: Any, **kwargs: Any) -> Any:
+        return dataclasses.replace(default(*args, **kwargs), **_override.get({}))
+
+    with mock.patch.object(module, "default_config", config):
+        yield
+
+
+def _with(config: Config, function: Callable[[], Any]) -> Any:
+    """function() under a configuration."""
+    token = _override.set(config)
+    try:
+        return function()
+    finally:
+        _override.reset(token)
+
+
+def _compile(case: Case, config: Config, target: str | None) -> tuple[list[KernelReport], str]:
+    """Reports of the kernels for a described GPU, and what is wrong with them; without a target, nothing."""
+    if target is None:
+        return [], ""
+    structs = jax.eval_shape(lambda: make_inputs(case))
+
+    def op(inputs):
+        return ours.make_call(case, inputs).run()
+
+    try:
+        reports = _with(config, lambda: compile_for(target, op, structs))
+    except Exception as error:
+        return [], f"does not compile: {error}".splitlines()[0][:80]
+    return reports, "; ".join(fault for report in reports for fault in report.faults)[:80]
+
+
+def _times(
+    case: Case,
+    configs: dict[int, Config],
+    compiled: list[tuple[list[KernelReport], str]],
+    pool: ThreadPoolExecutor,
+) -> dict[int, float]:
+    """Microseconds of each configuration that is right; what fails or is wrong is noted as a fault."""
+    inputs = make_inputs(case)
+    oracle = make_oracle(case, inputs)
+
+    def start(config: Config) -> tuple[Call, Any] | Exception:
+        def first() -> tuple[Call, Any]:
+            call = ours.make_call(case, inputs)
+            outputs = call.run()
+            call.wait(outputs)
+            return call, outputs
+
+        try:
+            return _with(config, first)
+        except Exception as error:
+            return error
+
+    calls: dict[str, Call] = {}
+    for i, started in zip(configs, pool.map(start, configs.values())):
+        if isinstance(started, Exception):
+            compiled[i] = compiled[i][0], f"{started}".splitlines()[0][:80]
+        elif not (error := oracle.error(started[1])) <= TOLERANCE[case.dtype]:
+            compiled[i] = compiled[i][0], f"wrong, error {error:.3g}"
+        else:
+            calls[str(i)] = started[0]
+    probe = next(iter(calls.values()))
+    times = timing.kernel_times(calls, *timing.choose_recorder([probe]))
+    return {int(i): timed.us for i, timed in times.items()}
+
+
+def _target() -> str | None:
+    kind = jax.devices()[0].device_kind
+    return next((target for gpu, target in TARGETS.items() if kind.startswith(gpu)), None)

@@ -1,0 +1,71 @@
+"""Bytes and floating-point operations that a case cannot do without: every roofline rests on these lines.
+
+Bytes: each input read once, each output written once. Operations: the two matrix products of attention, over the
+pairs (query, key) that the mask admits; the softmax is not counted. Other ops have no operations worth counting.
+"""
+
+import dataclasses
+
+from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    bytes: int
+    flops: int | None
+    model: str  # the formula, for readers of the results
+
+
+def pairs(qo_len: int, kv_len: int) -> int:
+    """(query, key) pairs of a causal request: query i, of the last qo_len tokens, sees kv_len - qo_len + i + 1 keys."""
+    return qo_len * (kv_len - qo_len) + qo_len * (qo_len + 1) // 2
+
+
+def work(case: Case) -> Work:
+    """The work of one call of the case's op."""
+    size = ITEMSIZE[case.dtype]
+    match case:
+        case Attention():
+            q = case.num_qo_tokens * case.num_qo_heads * case.head_dim
+            kv = sum(case.kv_lens) * case.num_kv_heads * case.head_dim
+            pages = sum(-(-n // case.page_size) for n in case.kv_lens) if case.page_size else 0
+            admitted = sum(map(pairs, case.qo_lens, case.kv_lens))
+            flops = 4 * case.head_dim * case.num_qo_heads * admitted
+            per_layer = (2 * kv + 2 * q) * size + 4 * pages
+            layers = f"{case.num_layers} layers x " if case.num_layers > 1 else ""
+            return Work(
+                per_layer * case.num_layers,
+                flops * case.num_layers,
+                f"{layers}(bytes: k + v + q + o + 4 per page id; flops: 4 d h per causal pair)",
+            )
+        case Append():
+            tokens = case.batch * case.new
+            return Work(
+                4 * tokens * case.num_kv_heads * case.head_dim * size + 8 * tokens,
+                None,
+                "bytes: new k + v read and written + 8 per token of indices",
+            )
+        case Merge():
+            rows = case.tokens * case.num_qo_heads
+            return Work(
+                rows * (case.states + 1) * (case.head_dim * size + 4),
+                None,
+                "bytes: states read + 1 written, each v + float32 lse",
+            )
+        case Norm():
+            arrays = 2 if case.op == "rmsnorm" else 4
+            return Work(
+                (arrays * case.rows + 1) * case.hidden * size,
+                None,
+                f"bytes: {arrays} x rows x hidden + weight",
+            )
+        case Rope():
+            heads = case.num_qo_heads + case.num_kv_heads
+            return Work(
+                case.tokens * (2 * heads * case.head_dim * size + 4 * case.head_dim + 4),
+                None,
+                "bytes: q + k read and written + float32 table row and position per token",
+            )
+    raise TypeError(f"no work model for {type(case).__name__}")
