@@ -8,7 +8,8 @@ in full without masks, then the few at the causal boundary and at the end with m
 output; a split one writes its partial attention state in float32, for `merge_splits`.
 
 Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, w work items, r rows of a tile.
-Grid: (w, kh), items fastest: the KV heads as the fast axis cost 3-10% (L2).
+Grid: (kh, w), KV heads fastest: neighbours read one page together. H200, items fastest: decode 32 x 4096 165 us
+instead of 127, prefill 1 x 4096 390 us instead of 372; only 1 x 16384 gains, 5053 us instead of 5362 (L2).
 """
 
 import dataclasses
@@ -76,7 +77,7 @@ def _attention_kernel(
     softmax: OnlineSoftmax,
 ):
     *indices_ref, o_ref, lse_ref, o_partial_ref, lse_partial_ref = refs
-    work, head = pl.program_id(0), pl.program_id(1)
+    head, work = pl.program_id(0), pl.program_id(1)
     d, block_kv = q_ref.shape[1], config.block_kv
     group = num_qo_heads // num_kv_heads
     item = WorkItem(*(items_ref[work, i] for i in range(len(WorkItem._fields))))
@@ -232,7 +233,7 @@ def _attention(
         plan.items,
         *indices,
         name=name,
-        grid=(plan.items.shape[0], plan.num_kv_heads),
+        grid=(plan.num_kv_heads, plan.items.shape[0]),
         out_shape=[
             ((t * h, d), q.dtype),
             ((t * h,), jnp.float32),
