@@ -126,6 +126,7 @@ PREFILL_CASES = [
     (64, 1, 8, 96, jnp.float16, "NHD", False, False),
     (16, 1, 5, 64, jnp.float32, "NHD", False, True),
     (64, 1, 2, 256, jnp.bfloat16, "NHD", False, True),
+    (5, 1, 16, 64, jnp.bfloat16, "NHD", False, True),
 ]
 
 
@@ -349,6 +350,73 @@ def test_shard_map_over_kv_heads(backend):
         )
 
 
+def prefill_arguments(*, group=2):
+    """Queries and keys of two requests, the second's first rows without keys, and a padding row."""
+    _, cache, table = decode_arguments([33, 3])
+    rng = np.random.default_rng(4)
+    kh, d = cache.num_kv_heads, cache.head_dim
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((n, heads, d), np.float32)).astype(cache.dtype)
+        for n, heads in ((10, kh * group), (40, kh), (40, kh))
+    )
+    return q, jnp.asarray([0, 4, 9], jnp.int32), cache, table, k, v
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def prefills(q, qo_indptr, cache, table, k, v, backend):
+    """(o, lse) over paged keys, and over as many contiguous ones."""
+    heads = dict(num_qo_tokens=q.shape[0], num_qo_heads=q.shape[1], num_kv_heads=cache.num_kv_heads)
+    plan = ja.plan_prefill(qo_indptr, table, page_size=cache.page_size, **heads)
+    paged = ja.paged_prefill(q, cache, plan, return_lse=True, backend=backend)
+    kv_indptr = jnp.pad(jnp.cumsum(table.kv_len(cache.page_size), dtype=jnp.int32), (1, 0))
+    plan = ja.plan_ragged_prefill(qo_indptr, kv_indptr, **heads)
+    return paged, ja.ragged_prefill(q, k, v, plan, return_lse=True, backend=backend)
+
+
+def assert_close(ours, want):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
+        a, b = (np.asarray(x.astype(jnp.float32)) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_transforms(backend):
+    """Every argument batched under vmap and scan, and lengths that a while loop carries."""
+    q, qo_indptr, cache, table, k, v = prefill_arguments()
+    other = (q + 1, jnp.asarray([0, 6, 6], jnp.int32), cache, table, k - 1, v + 1)
+    layers = jax.tree.map(lambda *x: jnp.stack(x), (q, qo_indptr, cache, table, k, v), other)
+    run = functools.partial(prefills, backend=backend)
+    each = [run(*jax.tree.map(lambda x, i=i: x[i], layers)) for i in range(2)]
+    want = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    assert not same_bits(want[0][0][0], want[0][0][1])
+    assert_close(jax.vmap(run)(*layers), want)
+    _, scanned = jax.lax.scan(lambda c, xs: (c, run(*xs)), 0, layers)
+    assert_close(scanned, want)
+
+    def step(carry):
+        i, _ = carry
+        return i + 1, run(q, jnp.asarray([0, 3, 7], jnp.int32) + i, cache, table, k, v)
+
+    _, last = jax.lax.while_loop(lambda c: c[0] < 2, step, (jnp.int32(0), each[0]))
+    assert_close(last, run(q, jnp.asarray([1, 4, 8], jnp.int32), cache, table, k, v))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_under_shard_map_over_kv_heads(backend):
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    arguments = prefill_arguments()
+    heads = P(None, "kv")
+    sharded = jax.shard_map(
+        functools.partial(prefills, backend=backend),
+        mesh=jax.make_mesh((2,), ("kv",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(heads, P(), P(None, None, "kv"), P(), heads, heads),
+        out_specs=heads,
+        check_vma=backend != "interpret",  # Pallas's interpreter cannot follow varying axes
+    )
+    assert_close(jax.jit(sharded)(*arguments), prefills(*arguments, backend))
+
+
 @pytest.mark.parametrize("backend", [None, "interpret"])
 def test_gradient_is_the_references(backend):
     q, cache, table = decode_arguments([33, 0, 60], dtype=jnp.float32)
@@ -378,6 +446,17 @@ def test_lengths_never_recompile():
     for lens in ([1, 64], [0, 0], [33, 16]):
         step(q, cache, ja.PageTable.from_block_table(block_table, jnp.asarray(lens), 16))
     assert len(traces) == 1 and step._cache_size() == 1
+
+
+def test_prefill_lengths_never_recompile():
+    q, _, cache, _, k, v = prefill_arguments()
+    block_table = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
+    step = jax.jit(functools.partial(prefills, backend="xla"))
+    for qo_lens, kv_lens in (([0, 0], [0, 0]), ([10, 0], [48, 1]), ([1, 4], [1, 30])):
+        qo_indptr = jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32)
+        kv_len = jnp.asarray(kv_lens, jnp.int32)
+        step(q, qo_indptr, cache, ja.PageTable.from_block_table(block_table, kv_len, 16), k, v)
+    assert step._cache_size() == 1
 
 
 ERRORS = [
@@ -446,6 +525,17 @@ def test_plans_of_the_other_kind_of_keys_are_errors():
         ja.ragged_prefill(q, q, q, ragged)
     with pytest.raises(ValueError, match="kv_layout must be one of"):
         ja.ragged_prefill(q, q, q, ragged, kv_layout="NDH")
+    k = q[:, :2]
+    with pytest.raises(ValueError, match=r"v must have shape \[2, 2, 64\]"):
+        ja.ragged_prefill(q, k, k[:1], ragged)
+    with pytest.raises(TypeError, match="q and k and v must have the same dtype"):
+        ja.ragged_prefill(q, k, k.astype(jnp.float32), ragged)
+    with pytest.raises(TypeError, match="q must be one of float16"):
+        ja.ragged_prefill(q.astype(jnp.int32), k, k, ragged)
+    with pytest.raises(ValueError, match=r"q must have shape \[2, 4, head_dim\]; got \[1"):
+        ja.paged_prefill(q[:1], cache, paged)
+    with pytest.raises(ValueError, match="must be positive"):
+        ja.paged_prefill(q, cache, paged, sm_scale=-1.0)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the error of a machine without a GPU")
