@@ -122,7 +122,11 @@ def _attention(
     return np.concatenate(tokens), jnp.concatenate(outputs)
 
 
-@jax.jit
+# Its products are few: searching for the fastest algorithm would take longer than they do.
+@functools.partial(
+    jax.jit,
+    compiler_options={"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
+)
 def _attend(q: Array, k_pages: Array, v_pages: Array, page_ids: Array, last_key: Array) -> Array:
     k, v = (pages[page_ids].reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages))
     mask = jnp.arange(k.shape[0], dtype=jnp.int32)[None, :] <= last_key[:, None]

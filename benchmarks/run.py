@@ -144,7 +144,7 @@ class Run:
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps(job)],
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.worker", json.dumps(job)],
             env=env,
             stdout=subprocess.PIPE,
             text=True,

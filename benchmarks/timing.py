@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 ROUNDS, WARM_UP_ROUNDS = 25, 5
+MIN_ROUNDS = 20  # that saw the same number of kernels: a record may get lost
 REPEATS, STEPS = 20, 5
 FLUSH_BYTES = 256 * 2**20
 CLOCK_RAMP_SECONDS = 0.1
@@ -108,7 +109,7 @@ def kernel_times(calls: Mapping[str, Call], timer: str, record: Recorder) -> dic
     """The median kernel time of each call, the calls taking turns.
 
     Raises:
-      RuntimeError: a round in which the timer saw nothing.
+      RuntimeError: the timer saw nothing, or not the same number of kernels most of the time.
     """
     flush = _make_flush()
     ramp = time.perf_counter() + CLOCK_RAMP_SECONDS
@@ -121,11 +122,14 @@ def kernel_times(calls: Mapping[str, Call], timer: str, record: Recorder) -> dic
             rounds[name].append(record(call))
     times = {}
     for name, records in rounds.items():
-        counts = [len(kernels) for kernels in records[WARM_UP_ROUNDS:]]
-        if min(counts) == 0:
-            raise RuntimeError(f"{timer} lost kernels of {name}: {counts} in the rounds")
-        us = statistics.median(sum(kernels) for kernels in records[WARM_UP_ROUNDS:])
-        times[name] = Timing(us, round(statistics.median(counts)), timer)
+        kept = records[WARM_UP_ROUNDS:]
+        kernels = statistics.mode(len(record) for record in kept)
+        sums = [sum(record) for record in kept if len(record) == kernels]
+        if not kernels or len(sums) < MIN_ROUNDS:
+            raise RuntimeError(
+                f"{timer} saw {kernels} kernels of {name} in {len(sums)} rounds of {ROUNDS} only"
+            )
+        times[name] = Timing(statistics.median(sums), kernels, timer)
     return times
 
 

@@ -26,6 +26,8 @@ def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
 
 def make_call(case: Case, x: Any, *, backend: str | None = None) -> Call:
     """The op of a case, bound to its inputs."""
+    # XLA's fusions write to new buffers; made to write in place, it would copy the inputs first.
+    update = out_of_place if backend == "xla" else in_place
     match case:
         case Attention():
             return _attention(case, x, backend)
@@ -44,7 +46,7 @@ def make_call(case: Case, x: Any, *, backend: str | None = None) -> Call:
             return Call(lambda: merge(x.v, x.s))
         case Norm() if x.residual is not None:
             fused = functools.partial(ja.fused_add_rmsnorm, eps=EPS, backend=backend)
-            return in_place(fused, (x.x, x.residual), (x.weight,))
+            return update(fused, (x.x, x.residual), (x.weight,))
         case Norm():
             norm = jax.jit(functools.partial(ja.rmsnorm, eps=EPS, backend=backend))
             return Call(lambda: (norm(x.x, x.weight),))
@@ -55,7 +57,7 @@ def make_call(case: Case, x: Any, *, backend: str | None = None) -> Call:
                     positions, query, key, case.head_dim, table, backend=backend
                 )
 
-            return in_place(rope, (x.query, x.key), (x.positions, x.cos_sin_cache))
+            return update(rope, (x.query, x.key), (x.positions, x.cos_sin_cache))
     raise TypeError(f"no call for {type(case).__name__}")
 
 
@@ -69,6 +71,14 @@ def in_place(fn: Callable[..., Any], updated: tuple[jax.Array, ...], rest: tuple
         return tuple(state)
 
     return Call(run)
+
+
+def out_of_place(
+    fn: Callable[..., Any], updated: tuple[jax.Array, ...], rest: tuple[Any, ...]
+) -> Call:
+    """`fn(*updated, *rest)`, its arguments left as they are."""
+    step = jax.jit(fn)
+    return Call(lambda: step(*updated, *rest))
 
 
 def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call:
