@@ -38,8 +38,8 @@ def precompute_freqs_cis(
     """The table that `apply_rope_with_cos_sin_cache` reads.
 
     Frequency i is `rope_theta^(-2 i / rotary_dim) / rope_scale`; with the last three arguments,
-    Llama-3.1's: scaled below `old_context_len / low_freq_factor` in wavelength not at all, above
-    `old_context_len / high_freq_factor` in full, interpolated between.
+    Llama-3.1's: wavelengths below `old_context_len / high_freq_factor` are not scaled, those above
+    `old_context_len / low_freq_factor` in full, and between them the frequency is interpolated.
 
     Args:
       head_dim: dims of a head.

@@ -177,6 +177,22 @@ def test_batch_indices_positions(nnz):
     assert positions.tolist() == [3, 4, 0, 0, 1, 2, 3] + [0] * (nnz - 7)
 
 
+def test_index_arithmetic_transforms():
+    """Seq lens, then positions of one new token a request, a step a time."""
+    indptr, last = jnp.stack([i32(0, 2, 2), i32(0, 1, 4)]), jnp.stack([i32(3, 0), i32(1, 5)])
+
+    def step(indptr, last):
+        lens = ja.get_seq_lens(indptr, last, 5)
+        new = jnp.minimum(lens, 1)
+        append_indptr = jnp.pad(jnp.cumsum(new, dtype=jnp.int32), (1, 0))
+        return lens, *ja.get_batch_indices_positions(append_indptr, lens, 2)
+
+    want = [[8, 0], [1, 15]], [[0, -1], [0, 1]], [[7, 0], [0, 14]]
+    _, scanned = jax.lax.scan(lambda c, xs: (c, step(*xs)), 0, (indptr, last))
+    for got in (jax.vmap(step)(indptr, last), scanned):
+        assert [x.tolist() for x in got] == list(want)
+
+
 def test_batch_indices_positions_of_nothing():
     batch, positions = ja.get_batch_indices_positions(i32(0, 0, 0), i32(3, 0), 2)
     assert batch.tolist() == [-1, -1]

@@ -302,7 +302,9 @@ def test_transforms(backend):
     @jax.jit
     def merge(v, s):
         v, s = ja.merge_states(v, s, backend=backend)
-        return ja.merge_state(v, s, v, s, backend=backend)
+        other = ja.merge_state(v, s, v, s, backend=backend)
+        mask = jnp.arange(v.shape[0]) != 1
+        return ja.merge_state_in_place(v + 1, s, *other, mask, backend=backend)
 
     each = [merge(v[i], s[i]) for i in range(2)]
     want = jax.tree.map(lambda *x: jnp.stack(x), *each)

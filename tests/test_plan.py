@@ -162,6 +162,32 @@ def test_plan_under_vmap():
             np.testing.assert_array_equal(got[i], want)
 
 
+def test_random_lengths_stay_within_capacities():
+    """Any mix of lengths, of one compiled shape, against capacities that are not generous."""
+    rng = np.random.default_rng(0)
+    batch, width, page_size = 24, 64, 128
+    block_table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
+    make = jax.jit(
+        lambda table: ja.plan_decode(
+            table, page_size=page_size, num_qo_heads=2, num_kv_heads=1, num_sms=5
+        )
+    )
+    for trial in range(40):
+        lengths = rng.integers(0, width * page_size, batch)
+        if trial % 4 == 1:  # one long among short ones
+            lengths = np.where(np.arange(batch) == trial % batch, lengths, lengths % 300)
+        elif trial % 4 == 2:  # around the blocks that splits are cut at
+            lengths = rng.integers(0, 9, batch) * KV_BLOCK + rng.integers(-1, 2, batch)
+        elif trial % 4 == 3:
+            lengths = np.full(batch, lengths[0])
+        lengths = np.clip(lengths, 0, width * page_size)
+        table = ja.PageTable.from_block_table(
+            block_table, jnp.asarray(lengths, jnp.int32), page_size
+        )
+        check_coverage(make(table), np.repeat(lengths, 2))
+    assert make._cache_size() == 1
+
+
 @pytest.mark.parametrize(
     "change,error,message",
     [
@@ -178,6 +204,23 @@ def test_plan_errors(change, error, message):
     args |= dict(qo_indptr=jnp.asarray([0, 1, 4], jnp.int32), page_table=table_of([4, 4], 16))
     with pytest.raises(error, match=message):
         ja.plan_prefill(**(args | change))
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (dict(kv_indptr=jnp.zeros((2, 2), jnp.int32)), ValueError, "kv_indptr must have shape"),
+        (dict(kv_indptr=jnp.zeros(3)), TypeError, "kv_indptr must be int32; got float32"),
+        (dict(qo_indptr=jnp.zeros(2, jnp.int32)), ValueError, r"qo_indptr must have shape \[3\]"),
+        (dict(num_qo_heads=3), ValueError, "multiple of num_kv_heads"),
+        (dict(num_qo_tokens=0), ValueError, "num_qo_tokens must be a positive integer"),
+    ],
+)
+def test_ragged_plan_errors(change, error, message):
+    indptr = jnp.asarray([0, 1, 4], jnp.int32)
+    args = dict(qo_indptr=indptr, kv_indptr=indptr, num_qo_tokens=4, num_qo_heads=4, num_kv_heads=2)
+    with pytest.raises(error, match=message):
+        ja.plan_ragged_prefill(**(args | change))
 
 
 @pytest.mark.parametrize(

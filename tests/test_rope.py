@@ -193,8 +193,15 @@ def test_transforms(backend):
     positions = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
     table = ja.precompute_freqs_cis(32, 16)
 
+    indptr, offsets = jnp.asarray([0, 2, 3], jnp.int32), jnp.asarray([5, 1], jnp.int32)
+
     @jax.jit
     def rope(positions, q, k):
+        q, k = ja.apply_rope_with_cos_sin_cache_inplace(positions, q, k, 32, table, backend=backend)
+        q, k = ja.apply_rope(q, k, indptr, offsets, backend=backend)
+        q, k = ja.apply_llama31_rope(q, k, indptr, offsets, backend=backend)
+        q, k = ja.apply_rope_pos_ids(q, k, positions, interleave=True, backend=backend)
+        q, k = ja.apply_llama31_rope_pos_ids_inplace(q, k, positions, backend=backend)
         return ja.apply_rope_with_cos_sin_cache(positions, q, k, 32, table, backend=backend)
 
     each = [rope(*(x[i] for x in (positions, q, k))) for i in range(2)]
