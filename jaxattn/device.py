@@ -1,23 +1,32 @@
-"""Facts about the device that plans and tile configurations ask for."""
+"""Facts about the device that plans and tile configurations ask for.
+
+The device is the one of the mesh in force, which need not be attached (compiling ahead of time), else JAX's default.
+"""
+
+from typing import Any
 
 import jax
 
 NUM_SMS_ELSEWHERE = 4  # off the GPU nothing needs filling; a few units still exercise every split
+HOPPER = ("H100", "H200", "H800", "H20")
 
 
 def num_sms() -> int:
-    """Streaming multiprocessors of the GPU to fill; a small number on any other platform.
+    """Streaming multiprocessors of the GPU to fill; a small number on any other platform."""
+    device = _target()
+    known = getattr(device, "num_cores", None) or getattr(device, "core_count", None)
+    return known if known and device.platform == "gpu" else NUM_SMS_ELSEWHERE
 
-    That is the GPU of the mesh in force, which may not be attached (compiling ahead of time), else
-    the default device.
-    """
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    if target is not None and target.platform == "gpu" and target.num_cores:
-        return target.num_cores
-    device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else NUM_SMS_ELSEWHERE
+
+def has_wgmma() -> bool:
+    """Whether the tensor cores take their operands from shared memory, a warpgroup at a time (Hopper)."""
+    return any(name in _target().device_kind for name in HOPPER)
 
 
 def on_gpu() -> bool:
     """Whether JAX's default device is a GPU."""
     return jax.default_backend() == "gpu"
+
+
+def _target() -> Any:
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]

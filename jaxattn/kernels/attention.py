@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxattn.device import has_wgmma
 from jaxattn.kernels._launch import launch
 from jaxattn.kernels._online_softmax import OnlineSoftmax
 from jaxattn.kernels._paged_tile import PagedTile, divmod_by, load_rows
@@ -39,7 +40,9 @@ class Config:
     pages_ahead: bool
 
 
-def default_config(block_rows: int, head_dim: int, dtype: jax.typing.DTypeLike) -> Config:
+def default_config(
+    block_rows: int, head_dim: int, dtype: jax.typing.DTypeLike, *, wgmma: bool
+) -> Config:
     """The tile for a shape; a pure function of it. Figures: H200, kernel time."""
     ahead = block_rows > 32
     if jnp.dtype(dtype) == jnp.float32:
@@ -49,6 +52,9 @@ def default_config(block_rows: int, head_dim: int, dtype: jax.typing.DTypeLike) 
         if head_dim > 128:
             # 4 x 4096: 343 TFLOP/s; 8 warps 153, 64 keys with 8 warps 217.
             return Config(block_kv=32, num_warps=4, num_stages=2, pages_ahead=True)
+        if head_dim > 64 and not wgmma:
+            # mma.sync keeps its operands in registers: for an A100, 4 warps spill and 8 do not.
+            return Config(block_kv=64, num_warps=8, num_stages=3, pages_ahead=True)
         # 1 x 16384: 411 TFLOP/s; 4 stages 308. In prototypes 32 keys cost a quarter, 128 keys a third.
         return Config(block_kv=64, num_warps=4, num_stages=3, pages_ahead=True)
     if head_dim > 128:
@@ -212,7 +218,7 @@ def _attention(
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     t, h, d = q.shape
-    config = default_config(plan.block_rows, d, q.dtype)
+    config = default_config(plan.block_rows, d, q.dtype, wgmma=has_wgmma())
     num_partials = plan.num_slots * plan.num_kv_heads * plan.block_rows
     indices = () if plan.page_indices is None else (plan.page_indices,)
     o, lse, o_partial, lse_partial = launch(
