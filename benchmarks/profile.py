@@ -63,6 +63,8 @@ def ncu_command(case: cases.Case, *, smoke: bool, export: Path | None) -> list[s
         "ncu",
         "--clock-control",
         "none",
+        "--target-processes",
+        "all",
         "--kernel-name",
         "regex:jaxattn_",
         "--launch-skip",

@@ -83,10 +83,12 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 
 def make_tables(results: dict[str, Any], peak_tbps: float | None = None) -> dict[str, str]:
-    """Markdown tables by name; those of ops that were not run are left out."""
+    """Markdown tables by name; those that would be empty are left out."""
     cases = by_case(results["rows"])
     peak = peak_tbps or PEAK_TBPS.get(results["meta"]["gpu"])
-    tables = {"machine": _machine(results["meta"], peak), "summary": _summary(cases)}
+    tables = {"machine": _machine(results["meta"], peak)}
+    if summary := _summary(cases):
+        tables["summary"] = summary
     for name, ops in {
         "decode": ["decode"],
         "decode_step": ["decode_step"],
@@ -173,7 +175,7 @@ def _cases(cases: dict[Key, dict[str, Row]]) -> str:
 
 
 def _summary(cases: dict[Key, dict[str, Row]]) -> str:
-    """A line an op: speed-ups over FlashInfer's better kernel; over each of FA2 and FA3 for prefill."""
+    """A line an op: speed-ups over FlashInfer's better kernel; over each of FA2 and FA3 for prefill. Maybe empty."""
     lines = []
     for op in dict.fromkeys(key[0] for key in cases):
         for rival in ("flashinfer-fa2", "flashinfer-fa3") if op == "prefill" else ("flashinfer",):
@@ -196,7 +198,7 @@ def _summary(cases: dict[Key, dict[str, Row]]) -> str:
                 ]
             )
     head = ["op", "against", "as fast or faster in", "geometric mean of speed-ups"]
-    return _markdown([*head, "least", "most"], lines)
+    return _markdown([*head, "least", "most"], lines) if lines else ""
 
 
 def _targets(cases: dict[Key, dict[str, Row]], peak_tbps: float) -> str:

@@ -118,6 +118,7 @@ class Run:
         self.meta["seconds"] = round(self._seconds, 1)
         rows = ",\n".join(json.dumps(row, allow_nan=False) for row in self.rows)
         meta = json.dumps(self.meta, indent=1, allow_nan=False)
+        self._options.out.parent.mkdir(parents=True, exist_ok=True)
         part = self._options.out.with_suffix(".part")
         part.write_text(f'{{"meta": {meta},\n"rows": [\n{rows}\n]}}\n')
         part.replace(self._options.out)

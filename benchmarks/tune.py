@@ -30,7 +30,12 @@ from jaxattn.kernels import append, attention, rmsnorm, rope
 
 Config = dict[str, Any]  # the fields that differ from the default
 
-_ATTENTION = dict(block_kv=(32, 64, 128), num_warps=(2, 4, 8), num_stages=(2, 3, 4))
+_ATTENTION: dict[str, tuple[Any, ...]] = dict(
+    block_kv=(32, 64, 128),
+    num_warps=(2, 4, 8),
+    num_stages=(2, 3, 4),
+    pages_ahead=(False, True),
+)
 _NORM = dict(num_warps=(2, 4, 8, 16, 32))
 SPACES: dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]] = {
     "decode": (attention, _ATTENTION),
@@ -171,8 +176,10 @@ def _times(
             compiled[i] = compiled[i][0], f"wrong, error {error:.3g}"
         else:
             calls[str(i)] = started[0]
-    probe = next(iter(calls.values()))
-    times = timing.kernel_times(calls, *timing.choose_recorder([probe]))
+    if not calls:
+        return {}
+    recorder = timing.choose_recorder([next(iter(calls.values()))])
+    times = timing.kernel_times(calls, *recorder)
     return {int(i): timed.us for i, timed in times.items()}
 
 

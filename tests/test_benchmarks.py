@@ -1,5 +1,6 @@
 """The benchmark harness: its models by hand, its checks against wrong answers, its files by schema."""
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cases, profile, providers, report, timing, tune
+from benchmarks import run as benchmarks_run
 from benchmarks.inputs import make_inputs
 from benchmarks.oracle import TOLERANCE, make_oracle
 from benchmarks.providers import jaxattn as ours
@@ -202,9 +204,45 @@ def test_smoke_run_writes_what_the_schema_says(smoke_results):
     assert {row["provider"] for row in rows} == {"jaxattn", "xla"}
 
 
+def scripted_run(monkeypatch, tmp_path, script, **options):
+    """A run whose measuring processes say what the script has for the case they start with."""
+    options = argparse.Namespace(out=tmp_path / "r.json", budget=options.get("budget", 1e9))
+    run = benchmarks_run.Run(options, total=len(script))
+    monkeypatch.setattr(run, "_worker", lambda ids, flags: iter(script[ids[0]]))
+    return run
+
+
+def test_a_case_that_takes_the_process_down_costs_only_itself(monkeypatch, tmp_path):
+    row = dict(provider="jaxattn", us=1.0, ok=True)
+    good = [{"row": row}, {"end": None}]
+    script = {
+        "a": [{"begin": "a"}, *good, {"begin": "b"}, {"row": row}, {"gone": "exit status 1"}],
+        "c": [{"begin": "c"}, *good],
+    }
+    run = scripted_run(monkeypatch, tmp_path, script)
+    run.measure(["a", "b", "c"], flags="")
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["meta"]["failures"] == {"b": "the process was lost: exit status 1"}
+    assert len(written["rows"]) == 3
+
+
+def test_a_process_that_does_not_start_is_an_error(monkeypatch, tmp_path):
+    run = scripted_run(monkeypatch, tmp_path, {"a": [{"gone": "exit status 1"}]})
+    with pytest.raises(RuntimeError, match="before its first case: exit status 1"):
+        run.measure(["a"], flags="")
+
+
+def test_out_of_budget_says_what_was_left_out(monkeypatch, tmp_path):
+    script = {"a": [{"begin": "a"}, {"end": None}, {"gone": "out of budget"}]}
+    run = scripted_run(monkeypatch, tmp_path, script, budget=0)
+    run.measure(["a", "b"], flags="")
+    assert run.meta["failures"] == {"b": "out of budget"}
+
+
 def test_report_fills_only_what_is_marked(smoke_results):
     tables = report.make_tables(smoke_results)
-    assert {"machine", "summary", "decode", "decode_step", "prefill", "rmsnorm"} <= set(tables)
+    assert {"machine", "decode", "decode_step", "prefill", "rmsnorm"} <= set(tables)
+    assert "summary" not in tables  # FlashInfer was not there
     text = (
         "a\n<!-- benchmarks:rope -->\nold\n<!-- /benchmarks:rope -->\nb\n<!-- benchmarks:decode -->"
     )
@@ -238,7 +276,7 @@ def test_wrong_rows_are_shown_and_never_compared():
     rows = [fake_row("jaxattn", 100.0), fake_row("flashinfer-fa2", None, ok=False)]
     tables = report.make_tables(fake_results(*rows))
     assert "not timed" in tables["decode"] and "wrong: error=1" in tables["not_timed"]
-    assert "flashinfer-fa2" not in tables["summary"]
+    assert "summary" not in tables
 
 
 def test_targets_are_carried_over_as_a_share_of_peak():
