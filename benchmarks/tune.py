@@ -90,7 +90,9 @@ def tune(case: Case, target: str | None, *, static: bool = False) -> str:
         lines.append(
             [
                 *([str(configs[i][name]) for name in fields] if i else ["default"] * len(fields)),
-                "+".join(str(report.registers) for report in reports),
+                " + ".join(
+                    str(report.registers) for report in sorted(reports, key=lambda r: r.name)
+                ),
                 f"{us:.2f}" if us else "",
                 f"{done.bytes / us / 1e6:.2f}" if us else "",
                 f"{done.flops / us / 1e6:.0f}" if us and done.flops else "",
