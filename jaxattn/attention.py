@@ -113,6 +113,7 @@ def paged_prefill(
     def xla(q, cache, plan):
         return reference.paged_prefill(q, cache, plan, sm_scale=sm_scale, return_lse=True)
 
+    backend = backend if q.size else "xla"  # a kernel takes no array without elements
     o, lse = dispatch(backend, kernel, xla, q, paged_kv_cache, plan)
     return (o, lse) if return_lse else o
 
@@ -169,6 +170,7 @@ def ragged_prefill(
             k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
         return reference.ragged_prefill(q, k, v, plan, sm_scale=sm_scale, return_lse=True)
 
+    backend = backend if q.size and k.size else "xla"  # a kernel takes no array without elements
     o, lse = dispatch(backend, kernel, xla, q, k, v, plan)
     return (o, lse) if return_lse else o
 

@@ -73,6 +73,6 @@ def check_scale(sm_scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(sm_scale, jax.core.Tracer):
         raise TypeError("sm_scale must be a Python float, known when the function is traced")
-    if not float(sm_scale) > 0:
-        raise ValueError(f"sm_scale must be positive; got {sm_scale}")
+    if not 0 < float(sm_scale) < float("inf"):
+        raise ValueError(f"sm_scale must be positive and finite; got {sm_scale}")
     return float(sm_scale)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxattn.checks import check_choice
 from jaxattn.device import on_gpu
@@ -22,12 +23,13 @@ def dispatch(
         interpreted on any platform, None picks "triton" for CUDA and "xla" elsewhere when the program is lowered.
       kernel: takes `*args` and the keyword `interpret`.
       reference: the plain jnp computation of the same result.
-      *args: pytrees of arrays.
+      *args: pytrees of arrays, NumPy's included.
 
     Raises:
       ValueError: an unknown backend, or "triton" where there is no GPU.
     """
     check_choice("backend", backend, BACKENDS)
+    args = jax.tree.map(jnp.asarray, args)
     if backend == "xla":
         return reference(*args)
     if backend == "interpret":

@@ -45,7 +45,7 @@ class Sampling:
 
     Attributes:
       temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-      top_p: in (0, 1]; draws among the likeliest tokens, as few as hold this much probability.
+      top_p: in (0, 1]; draws among the likeliest tokens, as few as hold this much probability, and their ties.
     """
 
     temperature: float = 0.0
@@ -92,7 +92,7 @@ def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_p < 1:
         likeliest = -jnp.sort(-logits, axis=-1)
         probability = jax.nn.softmax(likeliest, axis=-1)
@@ -271,7 +271,7 @@ def generate(
       prompts: token ids of each request, of any lengths, none empty.
       max_new_tokens: for all requests, or of each.
       temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-      top_p: in (0, 1]; draws among the likeliest tokens, as few as hold this much probability.
+      top_p: in (0, 1]; draws among the likeliest tokens, as few as hold this much probability, and their ties.
       seed: of the draws; the same seed gives the same tokens.
       eos_token_ids: tokens that end a request, `config.eos_token_ids` say.
       page_size: tokens a page.
@@ -381,8 +381,8 @@ def _check_requests(
                 f"token ids must be in [0, {vocab_size=}); prompt {i} has "
                 f"{min(prompt)} .. {max(prompt)}"
             )
-    if isinstance(max_new_tokens, int):
-        max_new_tokens = [max_new_tokens] * len(prompts)
+    if isinstance(max_new_tokens, int | np.integer):
+        max_new_tokens = [int(max_new_tokens)] * len(prompts)
     if len(max_new_tokens) != len(prompts):
         raise ValueError(
             f"max_new_tokens must be one number, or one for each of {len(prompts)} prompts; "

@@ -198,6 +198,8 @@ class PageTable:
           page_size: tokens a page.
         """
         check_shape("block_table", block_table, ("b", "w"))
+        if block_table.dtype != jnp.int32:
+            raise TypeError(f"block_table must be int32; got {block_table.dtype.name}")
         check_index("kv_len", kv_len, block_table.shape[0])
         check_positive(page_size=page_size)
         width = block_table.shape[1]
@@ -215,7 +217,7 @@ class PageTable:
         column = jnp.arange(max_pages, dtype=jnp.int32)[None, :]
         entry = self.indptr[:-1, None] + column
         owned = entry < self.indptr[1:, None]
-        return jnp.where(owned, self.indices.at[entry].get(mode="clip"), -1)
+        return jnp.where(owned, jnp.asarray(self.indices).at[entry].get(mode="clip"), -1)
 
     def check(self) -> None:
         """Raises ValueError or TypeError, with the reason, unless shapes and dtypes form a table."""
@@ -265,6 +267,7 @@ def get_batch_indices_positions(
     """
     check_index("seq_lens", seq_lens, "b")
     check_index("append_indptr", append_indptr, seq_lens.shape[0] + 1)
+    append_indptr, seq_lens = jnp.asarray(append_indptr), jnp.asarray(seq_lens)
     row = jnp.arange(nnz, dtype=jnp.int32)
     batch = jnp.searchsorted(append_indptr[1:], row, side="right").astype(jnp.int32)
     used = row < append_indptr[-1]

@@ -25,7 +25,7 @@ from jaxattn.device import num_sms as default_num_sms
 from jaxattn.kv_cache import PageTable
 
 KV_BLOCK = 128  # keys; splits are cut at multiples of it, which every kernel tile divides
-MIN_ROWS = 16  # rows of the smallest tensor-core tile
+MIN_ROWS, MAX_ROWS = 16, 64  # of a tile; 16 is the least that tensor cores take
 # Work items that fill a streaming multiprocessor. H200, 64 x 64 tiles: 2 programs fit at once. 16-row tiles
 # (decode): 4 was best; 2 lost 9% on 32 x 4096, 6 lost 10-20% to a second, partial wave.
 ITEMS_PER_SM = {16: 4, 32: 2, 64: 2}
@@ -153,14 +153,18 @@ def plan_decode(
     page_table.check()
     check_positive(page_size=page_size)
     check_heads(num_qo_heads, num_kv_heads)
+    page_table = _with_pages(page_table)
     group = num_qo_heads // num_kv_heads
-    block_rows = max(MIN_ROWS, 1 << (group - 1).bit_length())
+    block_rows = min(max(MIN_ROWS, 1 << (group - 1).bit_length()), MAX_ROWS)
     kv_len = page_table.kv_len(page_size)
     page_start = page_table.indptr[:-1]
-    row = jnp.arange(page_table.batch_size, dtype=jnp.int32) * group
-    tile = WorkItem(
-        row, row + group, jnp.zeros_like(row), page_start, jnp.zeros_like(row), kv_len, row
-    )
+    # A request is one tile, or several where its group is larger than a tile.
+    first = jnp.arange(page_table.batch_size, dtype=jnp.int32)[:, None] * group
+    row = (first + jnp.arange(0, group, block_rows, dtype=jnp.int32)[None, :]).ravel()
+    request = row // group
+    row_end = jnp.minimum(row + block_rows, (request + 1) * group)
+    zeros = jnp.zeros_like(row)
+    tile = WorkItem(row, row_end, zeros, page_start[request], zeros, kv_len[request], zeros)
     items, merges = _split(tile, _fill(block_rows, num_kv_heads, num_sms))
     return DecodePlan(
         page_table.indices,
@@ -192,7 +196,7 @@ def plan_prefill(
       qo_indptr: int32 [b + 1], starts at 0; query tokens of request i are `qo_indptr[i]:qo_indptr[i + 1]`.
       page_table: the pages of b requests.
       page_size: tokens a page.
-      num_qo_tokens: rows of q, at least qo_indptr[b]; rows past it give 0 and lse -inf.
+      num_qo_tokens: rows of q; those from qo_indptr[b] on give 0 and lse -inf.
       num_qo_heads, num_kv_heads: heads of q and of the cache (of one shard, under shard_map).
       causal: query i of a request sees keys 0 .. kv_len - qo_len + i; otherwise all kv_len keys.
       num_sms: multiprocessors to fill; default: the device's.
@@ -206,8 +210,9 @@ def plan_prefill(
     page_table.check()
     check_index("qo_indptr", qo_indptr, page_table.batch_size + 1)
     check_positive(page_size=page_size)
+    page_table = _with_pages(page_table)
     return _plan_prefill(
-        qo_indptr,
+        jnp.asarray(qo_indptr),
         page_table.indices,
         page_table.indptr[:-1],
         page_table.kv_len(page_size),
@@ -237,6 +242,8 @@ def plan_ragged_prefill(
     """
     check_index("kv_indptr", kv_indptr, "b + 1")
     check_index("qo_indptr", qo_indptr, kv_indptr.shape[0])
+    check_positive(batch_size=kv_indptr.shape[0] - 1)
+    qo_indptr, kv_indptr = jnp.asarray(qo_indptr), jnp.asarray(kv_indptr)
     return _plan_prefill(
         qo_indptr,
         None,
@@ -264,13 +271,14 @@ def _plan_prefill(
     num_sms: int | None,
 ) -> PrefillPlan:
     check_heads(num_qo_heads, num_kv_heads)
-    check_positive(num_qo_tokens=num_qo_tokens)
+    if num_qo_tokens != 0:
+        check_positive(num_qo_tokens=num_qo_tokens)
     batch = kv_len.shape[0]
     group = num_qo_heads // num_kv_heads
-    block_rows = 16 if num_qo_tokens * group <= 16 * batch else 64
+    block_rows = MIN_ROWS if num_qo_tokens * group <= MIN_ROWS * batch else MAX_ROWS
     # Query rows that no request owns are one more request, without keys: they come out as 0 and -inf.
-    begin = qo_indptr
-    end = jnp.append(qo_indptr[1:], jnp.int32(num_qo_tokens))
+    bounds = jnp.minimum(qo_indptr, num_qo_tokens)
+    begin, end = bounds, jnp.append(bounds[1:], jnp.int32(num_qo_tokens))
     keys = jnp.append(kv_len, jnp.int32(0))
     start = jnp.append(page_start, jnp.int32(0))
 
@@ -279,7 +287,8 @@ def _plan_prefill(
     request, nth, used = _expand(tiles, capacity)
     row_begin = begin[request] * group + nth * block_rows
     row_end = jnp.where(used, jnp.minimum(row_begin + block_rows, end[request] * group), row_begin)
-    causal_offset = keys[request] - end[request] + 1
+    # The last query of a request sees all its keys, also where q ends before it.
+    causal_offset = keys[request] - jnp.append(qo_indptr[1:], jnp.int32(0))[request] + 1
     kv_end = keys[request]
     if causal:
         last_token = (row_end - 1) // group
@@ -305,9 +314,18 @@ def _plan_prefill(
     )
 
 
+def _with_pages(page_table: PageTable) -> PageTable:
+    """The table on the device, with at least one entry: kernels take no array without elements."""
+    check_positive(batch_size=page_table.batch_size)
+    page_table = jax.tree.map(jnp.asarray, page_table)
+    if page_table.indices.size:
+        return page_table
+    return dataclasses.replace(page_table, indices=jnp.zeros(1, jnp.int32))
+
+
 def _fill(block_rows: int, num_kv_heads: int, num_sms: int | None) -> int:
     """Work items (each a program a KV head) that fill the GPU."""
-    programs = ITEMS_PER_SM[min(block_rows, 64)] * (num_sms or default_num_sms())
+    programs = ITEMS_PER_SM[block_rows] * (num_sms or default_num_sms())
     return -(-programs // num_kv_heads)
 
 

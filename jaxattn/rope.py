@@ -242,6 +242,7 @@ def _positions(q: Array, indptr: Array, offsets: Array) -> Array:
     """The position of every row of q; 0, which turns nothing, in the rows of no request."""
     check_index("offsets", offsets, "b")
     check_index("indptr", indptr, offsets.shape[0] + 1)
+    indptr, offsets = jnp.asarray(indptr), jnp.asarray(offsets)
     row = jnp.arange(q.shape[0], dtype=jnp.int32)
     request = jnp.searchsorted(indptr[1:], row, side="right")
     position = row + (offsets - indptr[:-1]).at[request].get(mode="clip")
@@ -251,7 +252,7 @@ def _positions(q: Array, indptr: Array, offsets: Array) -> Array:
 def _table(positions: Array, rotary_dim: int, *scaling: Any) -> Array:
     """float32 [t, rotary_dim]: cosines, then sines, of positions int32 [t]."""
     angle = (
-        positions.astype(jnp.float32)[:, None]
+        jnp.asarray(positions, jnp.float32)[:, None]
         * reference.rope_frequencies(rotary_dim, *scaling)[None, :]
     )
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)

@@ -73,17 +73,9 @@ _HEADS = ("num_qo_heads", "num_kv_heads")
 _plan_decode = jax.jit(plan_decode, static_argnames=("page_size", *_HEADS))
 
 
-def _jit_prefill(plan: Callable[..., PrefillPlan]) -> Callable[..., PrefillPlan]:
-    def plan_within_q(qo_indptr, keys, *, num_qo_tokens, **static):
-        # A qo_indptr on the device is not read back, so it may speak of rows that q does not have.
-        qo_indptr = jnp.minimum(qo_indptr, num_qo_tokens)
-        return plan(qo_indptr, keys, num_qo_tokens=num_qo_tokens, **static)
-
-    return jax.jit(plan_within_q, static_argnames=("num_qo_tokens", "page_size", "causal", *_HEADS))
-
-
-_plan_prefill = _jit_prefill(plan_prefill)
-_plan_ragged_prefill = _jit_prefill(plan_ragged_prefill)
+_ROWS = ("num_qo_tokens", "causal", *_HEADS)
+_plan_prefill = jax.jit(plan_prefill, static_argnames=("page_size", *_ROWS))
+_plan_ragged_prefill = jax.jit(plan_ragged_prefill, static_argnames=_ROWS)
 
 
 @functools.partial(jax.jit, static_argnames=("op", "kv_layout", "sm_scale", "lse_base"))

@@ -194,7 +194,7 @@ def test_random_lengths_stay_within_capacities():
         (dict(num_qo_heads=6, num_kv_heads=4), ValueError, "multiple of num_kv_heads"),
         (dict(num_kv_heads=0), ValueError, "num_kv_heads must be a positive integer; got 0"),
         (dict(page_size=0), ValueError, "page_size must be a positive integer"),
-        (dict(num_qo_tokens=0), ValueError, "num_qo_tokens must be a positive integer"),
+        (dict(num_qo_tokens=-1), ValueError, "num_qo_tokens must be a positive integer"),
         (dict(qo_indptr=jnp.zeros(2, jnp.int32)), ValueError, r"qo_indptr must have shape \[3\]"),
         (dict(qo_indptr=jnp.zeros(3)), TypeError, r"qo_indptr must be int32; got float32"),
     ],
@@ -213,7 +213,7 @@ def test_plan_errors(change, error, message):
         (dict(kv_indptr=jnp.zeros(3)), TypeError, "kv_indptr must be int32; got float32"),
         (dict(qo_indptr=jnp.zeros(2, jnp.int32)), ValueError, r"qo_indptr must have shape \[3\]"),
         (dict(num_qo_heads=3), ValueError, "multiple of num_kv_heads"),
-        (dict(num_qo_tokens=0), ValueError, "num_qo_tokens must be a positive integer"),
+        (dict(num_qo_tokens=-1), ValueError, "num_qo_tokens must be a positive integer"),
     ],
 )
 def test_ragged_plan_errors(change, error, message):

@@ -40,9 +40,11 @@ class OnlineSoftmax:
         """Takes in a tile: unscaled float32 scores s [r, k], -inf where masked, and values v [k, d]."""
         m = jnp.maximum(state.m, jnp.max(s, axis=1))
         # A row without any key yet has m = -inf, and -inf - -inf is NaN: shift by 0 there instead.
-        shift = jnp.where(m == -jnp.inf, 0.0, m) * -(self.sm_scale * LOG2E)
+        peak = jnp.where(m == -jnp.inf, 0.0, m)
+        shift = peak * -(self.sm_scale * LOG2E)
         p = self._exp(s, jnp.broadcast_to(shift[:, None], s.shape))
-        alpha = self._exp(state.m, shift)
+        # From the difference, so that an unchanged maximum rescales by exactly 1, however large it is.
+        alpha = self._exp(state.m - peak, jnp.zeros_like(peak))
         pv = self.dot(p.astype(v.dtype), v)
         return State(m, state.l * alpha + jnp.sum(p, axis=1), state.acc * alpha[:, None] + pv)
 
@@ -57,12 +59,14 @@ class OnlineSoftmax:
         """a @ b (a @ b.T) in float32.
 
         float32 inputs are split into three TF32 products, for tensor cores. H200, against float64: error 7.8e-7,
-        where plain FMAs have 9.2e-7 and take four times as long, and one TF32 product has 4.3e-4.
+        where plain FMAs have 9.2e-7 and take four times as long, and one TF32 product has 4.3e-4. The parts of
+        a head_dim above 128 do not fit into shared memory: there it is FMAs.
         """
         precision = None
         if a.dtype == jnp.float32:
             x3 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-            precision = jax.lax.Precision.HIGHEST if self.interpret else x3
+            plain = self.interpret or b.shape[1] > 128
+            precision = jax.lax.Precision.HIGHEST if plain else x3
         return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
 
     def _exp(self, s: jax.Array, shift_log2: jax.Array) -> jax.Array:

@@ -79,7 +79,7 @@ def _merge_rows(
 
     peak = jnp.full(first.shape, -jnp.inf, jnp.float32)
     init = peak, jnp.zeros_like(peak), jnp.zeros((*first.shape, *dims.shape), jnp.float32)
-    peak, total, acc = jax.lax.fori_loop(0, pl.cdiv(count, block), step, init)
+    peak, total, acc = jax.lax.fori_loop(0, (count + block - 1) // block, step, init)
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)
     return acc / total[:, None], jnp.where(empty, -jnp.inf, log(total) + peak)
@@ -202,7 +202,7 @@ def merge_splits(
     # A decode tile has few rows and may have a hundred states; a prefill tile has many rows and few states.
     decode = isinstance(plan, DecodePlan)
     rows = 1 if decode else ROWS_OF_TILE
-    row_blocks = pl.cdiv(group if decode else plan.block_rows, rows)
+    row_blocks = pl.cdiv(min(group, plan.block_rows) if decode else plan.block_rows, rows)
     o, lse = launch(
         functools.partial(
             _merge_splits_kernel,
