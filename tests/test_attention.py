@@ -218,9 +218,9 @@ def test_shared_pages(backend):
     indices[3:5] = indices[0:2]  # request 1's first two pages are request 0's
     table = ja.PageTable(paged.table.indptr, jnp.asarray(indices), paged.table.last_page_len)
     paged.k[1][:32], paged.v[1][:32] = paged.k[0][:32], paged.v[0][:32]
-    check_decode(
-        type(paged)(paged.cache, table, paged.k, paged.v), jnp.bfloat16, group=4, backend=backend
-    )
+    shared = Paged(paged.cache, table, paged.k, paged.v)
+    check_decode(shared, jnp.bfloat16, group=4, backend=backend)
+    check_prefill(shared, [48, 7], jnp.bfloat16, group=4, backend=backend, causal=True)
 
 
 def decode_arguments(kv_lens, *, group=2, batch_seed=0, **how):
