@@ -5,7 +5,8 @@ device drains, and only then does recording start, so every kernel recorded is t
 turns, so that clocks and temperature drift alike for all; the median over the rounds counts. Launch gaps are not in
 it; copies by the copy engine and memsets are not kernels either, so providers must launch none.
 
-Wall-clock time: a few steps enqueued back to back, until the device has finished, per step; the median of repeats.
+Wall-clock time: a few steps enqueued back to back, until the device has finished, per step; in turns, too, and the
+median of repeats.
 """
 
 import dataclasses
@@ -133,17 +134,21 @@ def kernel_times(calls: Mapping[str, Call], timer: str, record: Recorder) -> dic
     return times
 
 
-def wall_time(call: Call, *, steps: int = STEPS, repeats: int = REPEATS) -> Timing:
-    """The median wall-clock time of one of `steps` calls enqueued back to back."""
-    call.wait(call.run())
-    times = []
+def wall_times(
+    calls: Mapping[str, Call], *, steps: int = STEPS, repeats: int = REPEATS
+) -> dict[str, Timing]:
+    """The median wall-clock time of one of `steps` calls enqueued back to back, the calls taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call.wait(call.run())
     for _ in range(repeats):
-        begin = time.perf_counter()
-        for _ in range(steps):
-            outputs = call.run()
-        call.wait(outputs)
-        times.append(1e6 * (time.perf_counter() - begin) / steps)
-    return Timing(statistics.median(times), None, "wall")
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            for _ in range(steps):
+                outputs = call.run()
+            call.wait(outputs)
+            times[name].append(1e6 * (time.perf_counter() - begin) / steps)
+    return {name: Timing(statistics.median(us), None, "wall") for name, us in times.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +178,7 @@ def measure_ceilings() -> Ceilings:
     # cuBLAS: searching for a tile of XLA's own product would take longer than all else here.
     matmul = jax.jit(jnp.dot, compiler_options={"xla_gpu_enable_triton_gemm": False})
     copy_us, read_us, matmul_us = (
-        wall_time(Call(run), steps=20, repeats=5).us
+        wall_times({"": Call(run)}, steps=20, repeats=5)[""].us
         for run in (lambda: copy(x), lambda: total(x), lambda: matmul(a, b))
     )
     return Ceilings(
