@@ -495,7 +495,12 @@ def _tokenizer(
             raise ImportError(
                 "reading tokenizer.json needs tokenizers: pip install 'jaxattn[models]'"
             ) from error
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise ValueError(
+                f"{str(path)!r} must be a tokenizer; it does not load: {error}"
+            ) from error
         return (lambda text: tokenizer.encode(text).ids), tokenizer.decode
 
     def encode(text: str) -> list[int]:

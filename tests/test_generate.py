@@ -319,3 +319,14 @@ def test_python_dash_m():
         check=True,
     )
     assert "--max-new-tokens" in done.stdout
+
+
+def test_cli_says_that_a_tokenizer_is_broken(checkpoint, capsys):
+    pytest.importorskip("tokenizers")
+    whole = (checkpoint / "tokenizer.json").read_text()
+    try:
+        (checkpoint / "tokenizer.json").write_text("{broken")
+        assert main(["--model", str(checkpoint), "--prompt", "a"]) == 1
+        assert "must be a tokenizer; it does not load" in capsys.readouterr().err
+    finally:
+        (checkpoint / "tokenizer.json").write_text(whole)
