@@ -39,15 +39,11 @@ class WorkItem(NamedTuple):
 
     row_begin: Array  # the tile's rows are row_begin .. row_end - 1, at most block_rows of them
     row_end: Array
-    causal_offset: (
-        Array  # query token i sees the keys j < i + causal_offset, where the plan is causal
-    )
-    page_start: (
-        Array  # the request's first entry in page_indices; its first row of k for contiguous keys
-    )
+    causal_offset: Array  # where the plan is causal, query token i sees the keys j < i + it
+    page_start: Array  # the request's first entry in page_indices; its first contiguous key
     kv_begin: Array  # the item's keys are kv_begin .. kv_end - 1
     kv_end: Array
-    slot: Array  # where the partial attention state goes; -1: the item is a whole tile and writes the output
+    slot: Array  # of its partial attention state; -1: it is a whole tile and writes the output
 
 
 class Merge(NamedTuple):
