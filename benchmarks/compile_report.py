@@ -77,17 +77,11 @@ def compile_for(target: str, fn: Callable[..., Any], *args: Any) -> list[KernelR
     Raises:
       RuntimeError: no CUDA plugin or no ptxas here, or ptxas rejects the PTX.
     """
-    mesh = _target_mesh(target)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    structs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args
-    )
     with tempfile.TemporaryDirectory() as folder:
-        with jax.sharding.set_mesh(mesh):
-            # The dumped HLO is small; `ptx` alone keeps out the megabytes of Triton's passes.
-            jax.jit(fn).lower(*structs).compile(
-                compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-            )
+        # The dumped HLO is small; `ptx` alone keeps out the megabytes of Triton's passes.
+        lower_for(target, fn, *args).compile(
+            compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        )
         launches: dict[str, Launch] = {}
         for path in Path(folder).glob("*thunk_sequence.txt"):
             launches |= parse_thunk_sequence(path.read_text())
@@ -97,6 +91,17 @@ def compile_for(target: str, fn: Callable[..., Any], *args: Any) -> list[KernelR
             if KERNEL_PREFIX in ptx:
                 reports += kernel_reports(ptx, _assemble(path, ARCHITECTURES[target]), launches)
     return reports
+
+
+def lower_for(target: str, fn: Callable[..., Any], *args: Any) -> jax.stages.Lowered:
+    """`jit(fn)` lowered for a described GPU, ready to compile; arguments and errors as `compile_for`'s."""
+    mesh = _target_mesh(target)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    structs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args
+    )
+    with jax.sharding.set_mesh(mesh):
+        return jax.jit(fn).lower(*structs)
 
 
 @dataclasses.dataclass(frozen=True)

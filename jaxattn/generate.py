@@ -7,7 +7,8 @@ A token's way from prompt to sample:
    time, so one compiled program serves any mix of lengths. Where a prompt ends, its first new
    token is sampled.
 3. `decode_steps`: one `lax.while_loop` in which each step plans, appends, attends and samples, for
-   up to `num_steps` tokens a request. The host then reads these tokens and calls again.
+   up to `num_steps` tokens a request. The host then reads these tokens and calls again; between
+   two tokens of a call a GPU never waits for it.
 
 `State` is donated to both functions: the caches are updated in place, and memory does not grow with
 the number of tokens.
@@ -163,6 +164,8 @@ def decode_steps(
 ) -> tuple[State, Array]:
     """Generates up to `num_steps` tokens for each request that is not done.
 
+    On a GPU all steps run, those after the last request was done for nothing.
+
     Returns:
       (state, tokens int32 [num_steps, b]); tokens are -1 where a request was done before that step.
     """
@@ -171,7 +174,12 @@ def decode_steps(
 
     def unfinished(carry: tuple[Array, State, Array]) -> Array:
         step, state, _ = carry
-        return (step < num_steps) & ~state.done.all()
+        # A GPU hands each loop predicate to the host and waits, unless XLA can count the steps when
+        # it compiles. Elsewhere a look at `done` costs nothing, and a step does.
+        over = jax.lax.platform_dependent(
+            state.done, cuda=lambda done: jnp.bool_(False), default=jnp.all
+        )
+        return (step < num_steps) & ~over
 
     def one_step(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         step, state, tokens = carry
@@ -197,8 +205,9 @@ def decode_steps(
         )
         state = state._replace(caches=caches, kv_len=jnp.where(active, kv_len, state.kv_len))
         state = _accept(state, requests, logits, active, sampling)
-        tokens = tokens.at[step].set(jnp.where(active, state.token, -1))
-        return step + 1, state, tokens
+        new = jnp.where(active, state.token, -1)
+        # `.at[step].set` would check its index, in a kernel of its own.
+        return step + 1, state, jax.lax.dynamic_update_index_in_dim(tokens, new, step, axis=0)
 
     tokens = jnp.full((num_steps, state.token.shape[0]), -1, jnp.int32)
     _, state, tokens = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), state, tokens))
@@ -277,7 +286,8 @@ def generate(
       page_size: tokens a page.
       num_pages: pages of the cache; default: as many as the requests need.
       prefill_chunk: prompt tokens that pass through the model at once, at most.
-      stream_every: decode steps between the host's looks at the tokens.
+      stream_every: decode steps between the host's looks at the tokens. A GPU takes all of them, also
+        where every request ends before the last.
       stream: called with (request, its latest tokens) as they come.
       progress: called with (prompt tokens done, prompt tokens in all) after each chunk.
       backend: "triton", "xla", "interpret" or None, for every op.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, random_params, random_prompts
 
+from benchmarks import compile_report
 from examples import demo
 from jaxattn.generate import (
     Requests,
@@ -169,8 +170,8 @@ def test_errors(change, message):
         generate(PARAMS, CONFIG, **arguments)
 
 
-def compiled_loop(config, dtype, *, num_pages, num_steps):
-    """The decode loop for a large cache, compiled without allocating it."""
+def decode_loop(config, dtype, *, num_pages, num_steps, sampling):
+    """A call of the decode loop with a cache of any size, none of it allocated: (function, arguments)."""
     b, page_size = 3, 16
     index = jax.ShapeDtypeStruct((b,), jnp.int32)
     params = jax.eval_shape(lambda: random_params(config, dtype))
@@ -189,15 +190,17 @@ def compiled_loop(config, dtype, *, num_pages, num_steps):
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
         jax.ShapeDtypeStruct((128, config.head_dim), jnp.float32),
     )
-    return decode_steps.lower(
+    static = dict(num_steps=num_steps, config=config, sampling=sampling, backend=None)
+    return jax.jit(lambda *args: decode_steps(*args, **static), donate_argnums=1), (
         params,
         state,
         requests,
-        num_steps=num_steps,
-        config=config,
-        sampling=Sampling(0.8, 0.9),
-        backend=None,
-    ).compile()
+    )
+
+
+def compiled_loop(config, dtype, **sizes):
+    loop, args = decode_loop(config, dtype, sampling=Sampling(0.8, 0.9), **sizes)
+    return loop.lower(*args).compile()
 
 
 def check_one_copy_of_the_cache(dtype):
@@ -230,6 +233,54 @@ def test_memory_does_not_grow_with_the_tokens():
     )
     # A call holds the tokens of its own steps, however many calls there are.
     assert many.temp_size_in_bytes - few.temp_size_in_bytes <= 2 * 1024 * 3 * 4
+
+
+def host_round_trips(program: str) -> list[str]:
+    """The instructions of a program compiled for a GPU at which the device waits for the host.
+
+    XLA reads the predicate of a `while` on the host, once a trip, unless it knows the number of trips; that
+    of a `conditional`, always.
+    """
+    waits = r" (while|conditional|infeed|outfeed|send|recv)\(|callback"
+    return [
+        line
+        for line in program.splitlines()
+        if re.search(waits, line) and "known_trip_count" not in line
+    ]
+
+
+def check_no_host_round_trip_per_token(compile):
+    """`compile(function, *arguments)` gives the text of a GPU's program."""
+    # What the loop must not be: this one ends by what its steps compute.
+    x = jax.ShapeDtypeStruct((3,), jnp.int32)
+    uncounted = lambda x: jax.lax.while_loop(lambda x: (x < 9).any(), lambda x: x * x, x)
+    assert len(host_round_trips(compile(uncounted, x))) == 1
+
+    for sampling in (Sampling(), Sampling(0.8, 0.9)):
+        loop, args = decode_loop(
+            CONFIG, jnp.bfloat16, num_pages=64, num_steps=16, sampling=sampling
+        )
+        program = compile(loop, *args)
+        assert re.search(r' while\(.*"known_trip_count":\{"n":"16"\}', program)
+        assert not host_round_trips(program)
+
+
+def test_an_h200_never_waits_for_the_host_between_tokens():
+    pytest.importorskip("jax_cuda13_plugin", reason="it compiles for a GPU")
+    if jax.config.jax_platforms != "cpu":
+        pytest.skip("JAX compiles for a GPU that is not there under JAX_PLATFORMS=cpu only")
+
+    def compile(fn, *args):
+        return compile_report.lower_for("h200", fn, *args).compile().as_text()
+
+    check_no_host_round_trip_per_token(compile)
+
+
+@pytest.mark.gpu
+def test_this_gpu_never_waits_for_the_host_between_tokens():
+    check_no_host_round_trip_per_token(
+        lambda fn, *args: jax.jit(fn).lower(*args).compile().as_text()
+    )
 
 
 @pytest.fixture(scope="module")
