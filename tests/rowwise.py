@@ -1,11 +1,14 @@
 """Data and judgement for the ops that work row by row: norms, rotary embedding, append, merge."""
 
+import dataclasses
 import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import jaxattn as ja
 
 F32_EPS = float(jnp.finfo(jnp.float32).eps)
 
@@ -62,3 +65,73 @@ def assert_no_copy(compiled):
 
 def two_devices():
     return jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Append:
+    """Requests that append tokens to a cache of NaN, on permuted pages."""
+
+    key: jax.Array
+    value: jax.Array
+    batch_indices: jax.Array
+    positions: jax.Array
+    cache: ja.PagedKVCache
+    table: ja.PageTable
+
+    @property
+    def args(self):
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def make_append(
+    *,
+    page_size=5,
+    kv_heads=2,
+    d=64,
+    token_dtype=jnp.bfloat16,
+    dtype=jnp.bfloat16,
+    layout="NHD",
+    combined=False,
+    kv_lens=(13, 0, 1, 10),
+    new=(4, 0, 1, 10),
+    padding=3,
+    num_pages=None,
+    seed=0,
+):
+    rng = np.random.default_rng(seed)
+    counts = [-(-n // page_size) for n in kv_lens]
+    num_pages = num_pages or sum(counts) + 2
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    # Spare entries name pages too: they must not be written.
+    pages = num_pages - 1 - rng.permutation(min(num_pages, sum(counts) + 2))
+    last = [n - (c - 1) * page_size if c else 0 for n, c in zip(kv_lens, counts, strict=True)]
+    table = ja.PageTable(*(jnp.asarray(x, jnp.int32) for x in (indptr, pages, last)))
+    append_indptr = jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32)
+    t = sum(new) + padding
+    batch_indices, positions = ja.get_batch_indices_positions(
+        append_indptr, table.kv_len(page_size), t
+    )
+    key, value = (normal((t, kv_heads, d), token_dtype, seed=i) for i in (1, 2))
+    cache = ja.PagedKVCache.zeros(
+        num_pages, page_size, kv_heads, d, dtype, layout=layout, combined=combined
+    )
+    cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
+    return Append(key, value, batch_indices, positions, cache, table)
+
+
+def by_loop(case):
+    """(k, v) pages in float32, written a token at a time, not yet rounded to the cache's dtype."""
+    cache, table = case.cache, case.table
+    pages = [on_host(x).copy() for x in (cache.k, cache.v)]
+    pages = [x.swapaxes(1, 2) if cache.layout == "HND" else x for x in pages]
+    tokens = [on_host(x) for x in (case.key, case.value)]
+    indptr, indices = np.asarray(table.indptr), np.asarray(table.indices)
+    where = zip(np.asarray(case.batch_indices), np.asarray(case.positions), strict=True)
+    for i, (batch, position) in enumerate(where):
+        if not 0 <= batch < table.batch_size or position < 0:
+            continue
+        entry = indptr[batch] + position // cache.page_size
+        if entry < indptr[batch + 1] and 0 <= indices[entry] < cache.num_pages:
+            for x, new in zip(pages, tokens, strict=True):
+                x[indices[entry], position % cache.page_size] = new[i]
+    return [x.swapaxes(1, 2) if cache.layout == "HND" else x for x in pages]

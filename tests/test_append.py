@@ -7,82 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from rowwise import assert_no_copy, compile_in_place, normal, same, two_devices
+from rowwise import (
+    assert_no_copy,
+    by_loop,
+    compile_in_place,
+    make_append,
+    normal,
+    same,
+    two_devices,
+)
 
 import jaxattn as ja
 
 BACKENDS = ["interpret", "xla"]
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Requests that append tokens to a cache of NaN, on permuted pages."""
-
-    key: jax.Array
-    value: jax.Array
-    batch_indices: jax.Array
-    positions: jax.Array
-    cache: ja.PagedKVCache
-    table: ja.PageTable
-
-    @property
-    def args(self):
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
-
-
-def make_case(
-    *,
-    page_size=5,
-    kv_heads=2,
-    d=64,
-    token_dtype=bf16,
-    dtype=bf16,
-    layout="NHD",
-    combined=False,
-    kv_lens=(13, 0, 1, 10),
-    new=(4, 0, 1, 10),
-    padding=3,
-    num_pages=None,
-    seed=0,
-):
-    rng = np.random.default_rng(seed)
-    counts = [-(-n // page_size) for n in kv_lens]
-    num_pages = num_pages or sum(counts) + 2
-    indptr = np.concatenate([[0], np.cumsum(counts)])
-    # Spare entries name pages too: they must not be written.
-    pages = num_pages - 1 - rng.permutation(min(num_pages, sum(counts) + 2))
-    last = [n - (c - 1) * page_size if c else 0 for n, c in zip(kv_lens, counts, strict=True)]
-    table = ja.PageTable(*(jnp.asarray(x, jnp.int32) for x in (indptr, pages, last)))
-    append_indptr = jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32)
-    t = sum(new) + padding
-    batch_indices, positions = ja.get_batch_indices_positions(
-        append_indptr, table.kv_len(page_size), t
-    )
-    key, value = (normal((t, kv_heads, d), token_dtype, seed=i) for i in (1, 2))
-    cache = ja.PagedKVCache.zeros(
-        num_pages, page_size, kv_heads, d, dtype, layout=layout, combined=combined
-    )
-    cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
-    return Case(key, value, batch_indices, positions, cache, table)
-
-
-def by_loop(case):
-    """(k, v) pages [n, p, kh, d] in float32, written a token at a time."""
-    cache, table = case.cache, case.table
-    pages = [np.array(x.astype(f32)) for x in (cache.k, cache.v)]
-    pages = [x.swapaxes(1, 2) if cache.layout == "HND" else x for x in pages]
-    tokens = [np.asarray(x.astype(cache.dtype).astype(f32)) for x in (case.key, case.value)]
-    indptr, indices = np.asarray(table.indptr), np.asarray(table.indices)
-    where = zip(np.asarray(case.batch_indices), np.asarray(case.positions), strict=True)
-    for i, (batch, position) in enumerate(where):
-        if not 0 <= batch < table.batch_size or position < 0:
-            continue
-        entry = indptr[batch] + position // cache.page_size
-        if entry < indptr[batch + 1] and 0 <= indices[entry] < cache.num_pages:
-            for x, new in zip(pages, tokens, strict=True):
-                x[indices[entry], position % cache.page_size] = new[i]
-    return [x.swapaxes(1, 2) if cache.layout == "HND" else x for x in pages]
 
 
 def check(case, backend):
@@ -93,7 +31,8 @@ def check(case, backend):
     written = np.isfinite(np.asarray(got.k.astype(f32)))
     assert written.any()
     assert not written.all()
-    assert same((got.k, got.v), tuple(jnp.asarray(x) for x in by_loop(case)))
+    want = tuple(jnp.asarray(x).astype(got.dtype) for x in by_loop(case))
+    assert same((got.k, got.v), want)
 
 
 # Each breaks another assumption: page sizes, both layouts, one array or two, head dims that fill no
@@ -111,7 +50,7 @@ CASES = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("page_size,kv_heads,d,token_dtype,dtype,layout,combined", CASES)
 def test_append(page_size, kv_heads, d, token_dtype, dtype, layout, combined, backend):
-    case = make_case(
+    case = make_append(
         page_size=page_size,
         kv_heads=kv_heads,
         d=d,
@@ -127,7 +66,7 @@ def test_append(page_size, kv_heads, d, token_dtype, dtype, layout, combined, ba
 @pytest.mark.parametrize("page_size,kv_heads,d,token_dtype,dtype,layout,combined", CASES)
 def test_append_on_gpu(page_size, kv_heads, d, token_dtype, dtype, layout, combined):
     lens = dict(kv_lens=(4096, 0, 1, 1000, 7000), new=(4096, 0, 1, 1, 2000))
-    case = make_case(
+    case = make_append(
         page_size=page_size,
         kv_heads=kv_heads,
         d=d,
@@ -142,7 +81,7 @@ def test_append_on_gpu(page_size, kv_heads, d, token_dtype, dtype, layout, combi
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_without_a_place_are_dropped(backend):
-    case = make_case(kv_lens=(8, 4), new=(8, 4), padding=0)
+    case = make_append(kv_lens=(8, 4), new=(8, 4), padding=0)
     batch = jnp.asarray([-1, 2, 100, 0, 0, 0, 1, 1, 0, 0, 1, 0], jnp.int32)
     positions = jnp.asarray([0, 0, 0, -1, -5, 10, 5, 2**30, 3, 9, 4, 2], jnp.int32)
     # Request 0's second page does not exist; what is left are two tokens each.
@@ -155,7 +94,7 @@ def test_tokens_without_a_place_are_dropped(backend):
 
 
 def test_no_tokens():
-    case = make_case(new=(0, 0, 0, 0), padding=0)
+    case = make_append(new=(0, 0, 0, 0), padding=0)
     assert same(ja.append_paged_kv_cache(*case.args, backend="interpret"), case.cache)
 
 
@@ -165,7 +104,7 @@ def test_more_than_2_to_the_31_elements(combined):
     """Offsets past int32; pages from the end of the pool, read back."""
     page_size, kv_heads, d = 16, 8, 256
     num_pages = 2**31 // (page_size * kv_heads * d) + 9
-    case = make_case(
+    case = make_append(
         page_size=page_size,
         kv_heads=kv_heads,
         d=d,
@@ -186,14 +125,14 @@ def test_more_than_2_to_the_31_elements(combined):
 
 @pytest.mark.parametrize("combined", [False, True])
 def test_donated_cache_is_written_in_place(combined):
-    case = make_case(dtype=f32, page_size=16, num_pages=512, combined=combined)
+    case = make_append(dtype=f32, page_size=16, num_pages=512, combined=combined)
     assert_no_copy(compile_in_place(ja.append_paged_kv_cache, (4,), *case.args))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("combined", [False, True])
 def test_donated_cache_is_written_in_place_on_gpu(combined):
-    case = make_case(page_size=16, num_pages=4096, combined=combined)
+    case = make_append(page_size=16, num_pages=4096, combined=combined)
     assert_no_copy(compile_in_place(ja.append_paged_kv_cache, (4,), *case.args))
 
 
@@ -201,7 +140,7 @@ def test_donated_cache_is_written_in_place_on_gpu(combined):
 @pytest.mark.parametrize("combined", [False, True])
 def test_transforms(combined, backend):
     """A layer a time by vmap and by scan, the tokens of two KV heads on two devices."""
-    case = make_case(combined=combined, page_size=4, d=32)
+    case = make_append(combined=combined, page_size=4, d=32)
     key, value, *where, cache, table = case.args
 
     @jax.jit
@@ -229,7 +168,7 @@ def test_transforms(combined, backend):
 
 @pytest.mark.parametrize("backend", [None, "interpret"])
 def test_gradient_is_the_references(backend):
-    case = make_case(token_dtype=f32, dtype=f32, d=16)
+    case = make_append(token_dtype=f32, dtype=f32, d=16)
     key, value, *where, cache, table = case.args
     cache = jax.tree.map(lambda x: normal(x.shape), cache)
 
@@ -269,7 +208,7 @@ def test_gradient_is_the_references(backend):
     ],
 )
 def test_errors(error, message, change):
-    case = make_case()
+    case = make_append()
     changed = {name: new(getattr(case, name)) for name, new in change.items()}
     with pytest.raises(error, match=message):
         ja.append_paged_kv_cache(*dataclasses.replace(case, **changed).args)

@@ -13,6 +13,7 @@ PACKAGE = Path(jaxattn.__file__).parent
 FLOORS = [
     ["checks", "device"],
     ["kv_cache"],
+    ["kernels._paged_tile", "kernels._rows"],
     ["dispatch", "plan", "kernels._*"],
     ["reference"],
     ["kernels.merge"],

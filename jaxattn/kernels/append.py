@@ -1,8 +1,6 @@
 """Writing new keys and values to the pages of a KV cache, in place, in the cache's dtype.
 
-Token i goes to position `positions[i]` of request `batch_indices[i]`: to slot `position % p` of
-page `indices[indptr[request] + position // p]`. A token whose request, position or page does not
-exist is dropped: padding tokens carry request -1.
+`_page_slots` says where a token goes; a token without a slot is dropped.
 
 Axes: t new tokens, b requests, kh KV heads, d head dim, p page size.
 Grid: (t * kh / block_rows): a program copies `block_rows` rows of d, a row for each token and head.
@@ -12,13 +10,13 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels._launch import launch
+from jaxattn.kernels._page_slots import PageSlots, with_rows
 from jaxattn.kernels._paged_tile import divmod_by
-from jaxattn.kv_cache import PagedKVCache, PageTable, RowStrides
+from jaxattn.kernels._rows import Rows, block_of, load, pow2
+from jaxattn.kv_cache import PagedKVCache, PageTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Config:
 def default_config(head_dim: int) -> Config:
     """The tile for rows of head_dim elements."""
     # 16 elements each of K and V a thread: small appends still spread over many programs.
-    return Config(block_rows=max(1, 2048 >> (head_dim - 1).bit_length()))
+    return Config(block_rows=max(1, 2048 // pow2(head_dim)))
 
 
 def _append_kernel(
@@ -42,39 +40,23 @@ def _append_kernel(
     indices_ref,  # int32 [capacity]
     *cache_refs,  # the cache's one or two arrays, [num_rows, d]; then the same memory as outputs
     num_heads: int,
-    num_pages: int,
-    page_size: int,
-    strides: RowStrides,
+    slots: PageSlots,
     block_rows: int,
 ):
     *_, k_ref, v_ref = (cache_refs[1:] * 2) if len(cache_refs) == 2 else cache_refs
     num_rows, d = key_ref.shape
-    row = pl.program_id(0) * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
+    row, exist = block_of(pl.program_id(0), block_rows, num_rows)
     token, head = divmod_by(row, num_heads)
 
-    def load(ref, at, mask):
-        return plgpu.load(ref.at[at], mask=mask, other=0)
-
-    # 1. The page of each row.
-    valid = row < num_rows
-    batch = load(batch_ref, token, valid)
-    position = load(positions_ref, token, valid)
-    valid &= (batch >= 0) & (batch < indptr_ref.shape[0] - 1) & (position >= 0)
-    page_of_request, slot = divmod_by(position, page_size)
-    entry = load(indptr_ref, batch, valid) + page_of_request
-    valid &= (entry < load(indptr_ref, batch + 1, valid)) & (entry < indices_ref.shape[0])
-    page = load(indices_ref, entry, valid)
-    valid &= (page >= 0) & (page < num_pages)
-
-    # 2. The copy. Interpreted, a masked store writes back what it read: the rows that stay out of
-    # the cache all lie past its end, lest one undoes another's write.
-    out_row = page * strides.page + slot * strides.slot + head * strides.head
-    cols = jnp.arange(1 << (d - 1).bit_length(), dtype=jnp.int32)[None, :]
-    mask = valid[:, None] & (cols < d)
-    for x_ref, out_ref, offset in ((key_ref, k_ref, 0), (value_ref, v_ref, strides.value)):
-        x = plgpu.load(x_ref.at[row[:, None], cols], mask=mask, other=0.0)
-        at = jnp.where(valid, out_row + offset, out_ref.shape[0])[:, None], cols
-        plgpu.store(out_ref.at[at], x.astype(out_ref.dtype), mask=mask)
+    # The first use of a load waits for it and holds up the loads behind: the rows, which wait for
+    # nothing, go before the way through the page table.
+    batch, position = load(batch_ref, token, exist), load(positions_ref, token, exist)
+    every = range(d)
+    key, value = (Rows(row, exist).load(ref, every) for ref in (key_ref, value_ref))
+    slot_row, has_slot = slots.rows(indptr_ref, indices_ref, batch, position, exist)
+    to = slot_row + head * slots.strides.head
+    Rows(to, has_slot).store(k_ref, every, key)
+    Rows(to + slots.strides.value, has_slot).store(v_ref, every, value)
 
 
 def append(
@@ -95,9 +77,7 @@ def append(
         functools.partial(
             _append_kernel,
             num_heads=num_heads,
-            num_pages=cache.num_pages,
-            page_size=cache.page_size,
-            strides=cache.row_strides,
+            slots=PageSlots.of(cache),
             block_rows=config.block_rows,
         ),
         key.reshape(-1, d),
@@ -115,5 +95,4 @@ def append(
         interpret=interpret,
         aliases={6 + i: i for i in range(len(rows))},
     )
-    k, *v = (x.reshape(old.shape) for x, old in zip(written, cache.arrays))
-    return PagedKVCache((k, v[0]) if v else k, cache.layout)
+    return with_rows(cache, written)

@@ -6,39 +6,35 @@ for the pairs (x1, x2) of the first rotary_dim dims of every head, in float32, w
 of a table of cosines and sines. The other dims are copied, or left alone in place.
 
 Axes: t tokens, h query heads, kh KV heads, d head dim, r = rotary_dim / 2 pairs.
-Grid: (t * blocks): a program rotates a block of the query heads or of the KV heads of one token;
-the blocks of a token, queries first, are neighbours and share its row of the table.
+Grid: (t / block_tokens * head_blocks): a program rotates a block of the query heads and a block of
+the KV heads of a few tokens; the blocks of a token are neighbours and share its row of the table.
 """
 
 import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from jaxattn.kernels._heads import Heads, Rotary
 from jaxattn.kernels._launch import launch
 from jaxattn.kernels._paged_tile import divmod_by
-
-
-def _pow2(x: int) -> int:
-    """The least power of two that is not below x: the size of a tile that covers x elements."""
-    return 1 << (x - 1).bit_length()
+from jaxattn.kernels._rows import block_of, load, pow2
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    block_heads: int  # heads a program rotates, at most; a power of two
+    block_tokens: int  # tokens of a program, a power of two
+    head_blocks: int  # programs that share the heads of a token, a power of two
     num_warps: int
 
 
-def default_config(num_heads: int, head_dim: int) -> Config:
-    """The tile for `num_heads` query heads."""
-    # H200, 16384 tokens: 32 heads of 128 a program, 4 warps, 3.85 TB/s. That is 32 elements a
-    # thread; larger heads come in smaller blocks.
-    block_heads = min(_pow2(num_heads), max(1, 4096 // _pow2(head_dim)))
-    return Config(block_heads, num_warps=max(1, min(4, block_heads * _pow2(head_dim) // 1024)))
+def default_config(num_tokens: int, num_heads: int, head_dim: int) -> Config:
+    """The tile for `num_heads` query heads, of which no more are KV heads."""
+    token = pow2(num_heads) * pow2(head_dim)
+    block_tokens = max(1, min(pow2(num_tokens), 2048 // token))
+    head_blocks = max(1, token // 8192)
+    return Config(block_tokens, head_blocks, num_warps=4)
 
 
 def _rope_kernel(
@@ -49,66 +45,26 @@ def _rope_kernel(
     q_out_ref,  # as q_ref
     k_out_ref,  # as k_ref
     *,
-    block_heads: int,
-    interleave: bool,
-    in_place: bool,
+    rotary: Rotary,
+    block_tokens: int,
+    head_blocks: int,
 ):
-    num_tokens, d = positions_ref.shape[0], q_ref.shape[1]
-    num_heads = [ref.shape[0] // num_tokens for ref in (q_ref, k_ref)]
-    blocks = [pl.cdiv(n, block_heads) for n in num_heads]
-    token, block = divmod_by(pl.program_id(0), sum(blocks))
+    (num_tokens,) = positions_ref.shape
+    block, head_block = divmod_by(pl.program_id(0), head_blocks)
+    token, exist = block_of(block, block_tokens, num_tokens)
 
-    max_position, rotary_dim = table_ref.shape
-    pairs = rotary_dim // 2
-    pair = jnp.arange(_pow2(pairs), dtype=jnp.int32)
-    position = positions_ref[token]
-    # A position outside the table must not pass as another one.
-    known = (pair < pairs) & (position >= 0) & (position < max_position)
-    cos = plgpu.load(table_ref.at[position, pair], mask=known, other=jnp.nan)[None, :]
-    sin = plgpu.load(table_ref.at[position, pairs + pair], mask=known, other=jnp.nan)[None, :]
-
-    def rotate(x_ref, y_ref, num_heads, block):
-        head = block * block_heads + jnp.arange(min(block_heads, _pow2(num_heads)), dtype=jnp.int32)
-        row = token * num_heads + head
-
-        def at(cols, end):
-            mask = (head < num_heads)[:, None] & (cols < end)[None, :]
-            return (row[:, None], cols[None, :]), mask
-
-        def load(where):
-            at, mask = where
-            return plgpu.load(x_ref.at[at], mask=mask, other=0.0)
-
-        def store(where, y):
-            at, mask = where
-            plgpu.store(y_ref.at[at], y.astype(y_ref.dtype), mask=mask)
-
-        def turn(x1, x2):
-            x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
-            return x1 * cos - x2 * sin, x2 * cos + x1 * sin
-
-        if interleave:
-            # Pairs are neighbours: they are loaded as one run and parted in registers.
-            both = at(jnp.arange(2 * pair.size, dtype=jnp.int32), rotary_dim)
-            x = load(both)
-            y = turn(*jnp.unstack(x.reshape(-1, pair.size, 2), axis=-1))
-            store(both, jnp.stack(y, axis=-1).reshape(x.shape))
-        else:
-            first, second = at(pair, pairs), at(pairs + pair, rotary_dim)
-            y1, y2 = turn(load(first), load(second))
-            store(first, y1)
-            store(second, y2)
-        if rotary_dim < d and not in_place:
-            tail = at(rotary_dim + jnp.arange(_pow2(d - rotary_dim), dtype=jnp.int32), d)
-            store(tail, load(tail))
-
-    @pl.when(block < blocks[0])
-    def _():
-        rotate(q_ref, q_out_ref, num_heads[0], block)
-
-    @pl.when(block >= blocks[0])
-    def _():
-        rotate(k_ref, k_out_ref, num_heads[1], block - blocks[0])
+    # Loads start in this order, and the first use of one waits for it and holds up those behind: a
+    # row of the table waits for its position, so the heads go before it.
+    position = load(positions_ref, token, exist)
+    tiles = []
+    for x_ref, y_ref in ((q_ref, q_out_ref), (k_ref, k_out_ref)):
+        num_heads = x_ref.shape[0] // num_tokens
+        rows = Heads.of(head_block, head_blocks, num_heads).rows(token * num_heads, exist)
+        tiles.append((y_ref, rows, [rows.load(x_ref, run) for run in rotary.columns]))
+    cos, sin = rotary.load_row(table_ref, position)
+    for y_ref, rows, x in tiles:
+        for run, y in zip(rotary.columns, rotary.turn(x, cos, sin)):
+            rows.store(y_ref, run, y)
 
 
 def rope(
@@ -126,18 +82,22 @@ def rope(
     In place, the outputs alias query and key.
     """
     t, num_heads, d = query.shape
-    config = default_config(num_heads, d)
-    blocks = sum(pl.cdiv(x.shape[1], config.block_heads) for x in (query, key))
+    rotary_dim = cos_sin_cache.shape[1]
+    config = default_config(t, max(num_heads, key.shape[1]), d)
     rows = [x.reshape(-1, d) for x in (query, key)]
     rotated = launch(
         functools.partial(
-            _rope_kernel, block_heads=config.block_heads, interleave=interleave, in_place=in_place
+            _rope_kernel,
+            # In place, the dims that do not rotate are there already.
+            rotary=Rotary(rotary_dim if in_place else d, rotary_dim, interleave),
+            block_tokens=config.block_tokens,
+            head_blocks=config.head_blocks,
         ),
         *rows,
         positions,
         cos_sin_cache,
         name="jaxattn_rope",
-        grid=(t * blocks,),
+        grid=(pl.cdiv(t, config.block_tokens) * config.head_blocks,),
         out_shape=[(x.shape, x.dtype) for x in rows],
         num_warps=config.num_warps,
         num_stages=1,
