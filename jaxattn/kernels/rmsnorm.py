@@ -3,8 +3,8 @@
     y = x / sqrt(mean(x^2) + eps) * (weight_offset + weight)
 
 in float32, rounded once. The fused form first adds, x := x + residual, writes that sum rounded,
-and normalises it unrounded. A row longer than a tile is read twice: for its sum of squares, then
-for its output; of a row that one tile holds, the second pass is empty.
+and normalises it unrounded. A row is cut into tiles of `block` columns. They stay in registers
+from the sum of squares to the output; of a row that has too many, the first ones are read twice.
 
 Grid: (rows / block_rows).
 """
@@ -12,6 +12,7 @@ Grid: (rows / block_rows).
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +20,36 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels._launch import launch
+from jaxattn.kernels._rows import pow2
+
+THREADS_A_WARP = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     block_rows: int  # rows of a tile, a power of two
     block: int  # columns of a tile, a power of two
+    kept_tiles: int  # tiles of a row that stay in registers, at most
     num_warps: int
 
 
-def default_config(hidden: int, num_inputs: int) -> Config:
-    """The tile for rows of `hidden` elements of one input, or of two to be added."""
-    block = min(1 << (hidden - 1).bit_length(), 16384)
+def default_config(num_rows: int, hidden: int, num_inputs: int) -> Config:
+    """The tiles for rows of `hidden` elements of one input, or of two to be added."""
     # Short rows (the heads of a q or k norm) share a program: 1024 elements feed a warp or two.
-    block_rows = max(1, 1024 // block)
-    # H200, 16384 x 4096: 8 warps 3.96 TB/s for one input, 16 warps 4.02 TB/s for two. A row of
-    # 16384 keeps 32 elements a thread with 16 warps.
-    most = 16 if num_inputs > 1 or block > 8192 else 8
-    num_warps = min(most, block_rows * block * num_inputs // 512)
-    return Config(block_rows, block, num_warps)
+    block_rows = max(1, 1024 // pow2(hidden))
+    # H200, 16384 x 4096: 8 warps 3.96 TB/s for one input, 16 warps 4.02 TB/s for two.
+    most = 16 if num_inputs > 1 or hidden > 8192 else 8
+    num_warps = max(1, min(most, block_rows * pow2(hidden) * num_inputs // 512))
+    # 8 elements a thread and tile: 16 bytes, the widest access. 32 elements a thread are kept.
+    block = min(pow2(hidden), num_warps * THREADS_A_WARP * 8)
+    return Config(block_rows, block, 4, num_warps)
+
+
+class Tile(NamedTuple):
+    at: tuple[jax.Array, jax.Array]  # rows and columns
+    mask: jax.Array | None
+    x: jax.Array  # float32 [block_rows, block], the sum of the inputs
+    weight: jax.Array  # [1, block]
 
 
 def _rmsnorm_kernel(
@@ -47,41 +59,52 @@ def _rmsnorm_kernel(
     weight_offset: float,
     block_rows: int,
     block: int,
+    kept_tiles: int,
 ):
     in_refs, weight_ref = refs[:num_inputs], refs[num_inputs]
     y_ref, *sum_refs = refs[num_inputs + 1 :]
     num_rows, hidden = y_ref.shape
-    row = pl.program_id(0) * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
-    last = (hidden - 1) // block
+    row = (pl.program_id(0) * block_rows + jnp.arange(block_rows, dtype=jnp.int32))[:, None]
+    tiles = pl.cdiv(hidden, block)
+    again = max(0, tiles - kept_tiles)  # tiles that are read twice
 
-    def load(i):
-        cols = i * block + jnp.arange(block, dtype=jnp.int32)
-        at = row[:, None], cols[None, :]
-        mask = (row < num_rows)[:, None] & (cols < hidden)[None, :]
-        weight = plgpu.load(weight_ref.at[cols], mask=cols < hidden, other=0.0)
-        x, *residual = (
-            plgpu.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32) for ref in in_refs
-        )
-        return at, mask, x + residual[0] if residual else x, weight
+    def load(i) -> Tile:
+        column = (i * block + jnp.arange(block, dtype=jnp.int32))[None, :]
+        mask = (row < num_rows) & (column < hidden)
+        weight = plgpu.load(weight_ref.at[column], mask=column < hidden, other=0)
+        x = [plgpu.load(ref.at[row, column], mask=mask, other=0) for ref in in_refs]
+        x = [x.astype(jnp.float32) for x in x]
+        return Tile((row, column), mask, sum(x[1:], x[0]), weight)
 
-    def squares(x):
-        return jnp.sum(x * x, axis=1)
+    def write_sum(tile: Tile):
+        for ref in sum_refs:
+            plgpu.store(ref.at[tile.at], tile.x.astype(ref.dtype), mask=tile.mask)
 
-    def write(at, mask, x, weight):
-        weight = weight.astype(jnp.float32) + weight_offset
-        y = x * scale[:, None] * weight[None, :]
-        plgpu.store(y_ref.at[at], y.astype(y_ref.dtype), mask=mask)
-        for sum_ref in sum_refs:
-            plgpu.store(sum_ref.at[at], x.astype(sum_ref.dtype), mask=mask)
+    def write(tile: Tile):
+        y = tile.x * scale * (tile.weight.astype(jnp.float32) + weight_offset)
+        plgpu.store(y_ref.at[tile.at], y.astype(y_ref.dtype), mask=tile.mask)
 
-    # The last tile stays in registers; its weight is loaded before the sum, which waits for x.
-    kept = load(last)
-    total = jax.lax.fori_loop(
-        0, last, lambda i, total: total + squares(load(i)[2]), squares(kept[2])
-    )
-    scale = jax.lax.rsqrt(total / hidden + eps)
-    write(*kept)
-    jax.lax.fori_loop(0, last, lambda i, _: write(*load(i)), None)
+    # The first use of a load waits for it, and holds up those behind: all of them come first.
+    kept = [load(i) for i in range(again, tiles)]
+    for tile in kept:
+        write_sum(tile)
+    squares = sum(tile.x * tile.x for tile in kept)
+
+    def add_squares(i, squares):
+        x = load(i).x
+        return squares + x * x
+
+    squares = jax.lax.fori_loop(0, again, add_squares, squares)
+    scale = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / hidden + eps)
+    for tile in kept:
+        write(tile)
+
+    def write_again(i, _):
+        tile = load(i)
+        write_sum(tile)
+        write(tile)
+
+    jax.lax.fori_loop(0, again, write_again, None)
 
 
 def rmsnorm(
@@ -99,7 +122,7 @@ def rmsnorm(
     """
     *_, hidden = shape = inputs[0].shape
     rows = [x.reshape(-1, hidden) for x in inputs]
-    config = default_config(hidden, len(inputs))
+    config = default_config(rows[0].shape[0], hidden, len(inputs))
     outputs = launch(
         functools.partial(
             _rmsnorm_kernel,
@@ -108,6 +131,7 @@ def rmsnorm(
             weight_offset=weight_offset,
             block_rows=config.block_rows,
             block=config.block,
+            kept_tiles=config.kept_tiles,
         ),
         *rows,
         weight,
