@@ -1,6 +1,7 @@
 """Paged attention, norms and rotary embeddings for serving language models in JAX."""
 
 from jaxattn.append import append_paged_kv_cache as append_paged_kv_cache
+from jaxattn.append import rope_append_paged_kv_cache as rope_append_paged_kv_cache
 from jaxattn.attention import paged_decode as paged_decode
 from jaxattn.attention import paged_prefill as paged_prefill
 from jaxattn.attention import ragged_prefill as ragged_prefill

@@ -76,3 +76,27 @@ def check_scale(sm_scale: float | None, head_dim: int) -> float:
     if not 0 < float(sm_scale) < float("inf"):
         raise ValueError(f"sm_scale must be positive and finite; got {sm_scale}")
     return float(sm_scale)
+
+
+def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
+    """Raises ValueError unless rotary_dim is even, and at most head_dim."""
+    check_positive(rotary_dim=rotary_dim)
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise ValueError(
+            f"rotary_dim must be even and at most head_dim; got {rotary_dim=}, {head_dim=}"
+        )
+
+
+def check_cos_sin_cache(cos_sin_cache: jax.Array, head_dim: int) -> None:
+    """Raises ValueError unless it is float32 [max_position, rotary_dim] that fits the heads."""
+    check_shape("cos_sin_cache", cos_sin_cache, ("max_position", "rotary_dim"))
+    check_rotary_dim(cos_sin_cache.shape[1], head_dim)
+    if cos_sin_cache.dtype != jnp.float32:
+        raise ValueError(f"cos_sin_cache must be float32; got {cos_sin_cache.dtype}")
+
+
+def check_norm_weight(name: str, weight: jax.Array, size: int, input: jax.Array) -> None:
+    """Raises unless `weight` is [size], of the input's dtype or float32."""
+    check_shape(name, weight, (size,))
+    if weight.dtype not in (input.dtype, jnp.float32):
+        raise TypeError(f"{name} must be {input.dtype} as input or float32; got {weight.dtype}")

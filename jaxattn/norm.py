@@ -1,10 +1,9 @@
 """Root-mean-square norms (Zhang and Sennrich 2019), also Gemma's, also with a fused residual."""
 
-import jax.numpy as jnp
 from jax import Array
 
 from jaxattn import reference
-from jaxattn.checks import check_float, check_same_dtype, check_shape
+from jaxattn.checks import check_float, check_norm_weight, check_same_dtype, check_shape
 from jaxattn.dispatch import dispatch
 from jaxattn.kernels import rmsnorm as kernels
 
@@ -97,9 +96,7 @@ def _rmsnorm(
     if len(inputs) > 1:
         check_shape("residual", inputs[1], x.shape)
         check_same_dtype(input=x, residual=inputs[1])
-    check_shape("weight", weight, (x.shape[-1],))
-    if weight.dtype not in (x.dtype, jnp.float32):
-        raise TypeError(f"weight must be {x.dtype} as input or float32; got {weight.dtype}")
+    check_norm_weight("weight", weight, x.shape[-1], x)
 
     def kernel(inputs, weight, *, interpret):
         return kernels.rmsnorm(

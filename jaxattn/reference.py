@@ -302,3 +302,35 @@ def append_paged_kv_cache(
     else:
         data = (write(cache.k, append_key), write(cache.v, append_value))
     return PagedKVCache(data, cache.layout)
+
+
+def rope_append_paged_kv_cache(
+    qkv: Array,
+    batch_indices: Array,
+    positions: Array,
+    cos_sin_cache: Array,
+    norm_weights: tuple[Array, Array] | None,
+    paged_kv_cache: PagedKVCache,
+    page_table: PageTable,
+    *,
+    interleave: bool,
+    eps: float,
+) -> tuple[Array, PagedKVCache]:
+    """`rmsnorm` of each query and key head, `rope` and `append_paged_kv_cache`, rounded once at their end.
+
+    Args:
+      qkv: [t, (h + 2 kh) * d], the heads of q, of k, of v.
+      norm_weights: of q and of k, [d] each; None: no norm.
+    """
+    cache = paged_kv_cache
+    t, width = qkv.shape
+    heads = qkv.reshape(t, width // cache.head_dim, cache.head_dim)
+    num_heads = heads.shape[1] - 2 * cache.num_kv_heads
+    q, k, v = jnp.split(
+        heads.astype(jnp.float32), (num_heads, num_heads + cache.num_kv_heads), axis=1
+    )
+    if norm_weights is not None:
+        q, k = (rmsnorm(x, weight, eps=eps) for x, weight in zip((q, k), norm_weights))
+    q, k = rope(q, k, positions, cos_sin_cache, interleave=interleave)
+    cache = append_paged_kv_cache(k, v, batch_indices, positions, cache, page_table)
+    return q.astype(qkv.dtype), cache

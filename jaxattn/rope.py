@@ -14,9 +14,11 @@ from jax import Array
 
 from jaxattn import reference
 from jaxattn.checks import (
+    check_cos_sin_cache,
     check_float,
     check_index,
     check_positive,
+    check_rotary_dim,
     check_same_dtype,
     check_shape,
 )
@@ -66,7 +68,7 @@ def precompute_freqs_cis(
     positions = jnp.arange(max_seq_len, dtype=jnp.int32)
     return _table(
         positions,
-        _check_rotary_dim(rotary_dim, head_dim),
+        _rotary_dim(rotary_dim, head_dim),
         rope_theta,
         rope_scale,
         *llama31,
@@ -228,13 +230,9 @@ apply_llama31_rope_inplace = _inplace_twin(apply_llama31_rope)
 apply_llama31_rope_pos_ids_inplace = _inplace_twin(apply_llama31_rope_pos_ids)
 
 
-def _check_rotary_dim(rotary_dim: int | None, head_dim: int) -> int:
+def _rotary_dim(rotary_dim: int | None, head_dim: int) -> int:
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
-    check_positive(rotary_dim=rotary_dim)
-    if rotary_dim % 2 or rotary_dim > head_dim:
-        raise ValueError(
-            f"rotary_dim must be even and at most head_dim; got {rotary_dim=}, {head_dim=}"
-        )
+    check_rotary_dim(rotary_dim, head_dim)
     return rotary_dim
 
 
@@ -273,7 +271,7 @@ def _apply(
     t, _, head_dim = q.shape
     check_shape("k", k, (t, "num_kv_heads", head_dim))
     check_index("pos_ids", positions, t)
-    table = _table(positions, _check_rotary_dim(rotary_dim, head_dim), *scaling)
+    table = _table(positions, _rotary_dim(rotary_dim, head_dim), *scaling)
     rows = jnp.arange(t, dtype=jnp.int32)
     return _rope(q, k, rows, table, head_dim, interleave, in_place, backend)
 
@@ -300,10 +298,7 @@ def _rope(
                 f"{head_size=}; got {list(x.shape)}"
             )
     check_same_dtype(query=query, key=key)
-    check_shape("cos_sin_cache", cos_sin_cache, ("max_position", "rotary_dim"))
-    _check_rotary_dim(cos_sin_cache.shape[1], head_size)
-    if cos_sin_cache.dtype != jnp.float32:
-        raise ValueError(f"cos_sin_cache must be float32; got {cos_sin_cache.dtype}")
+    check_cos_sin_cache(cos_sin_cache, head_size)
     rotated = dispatch(
         "xla" if t == 0 else backend,
         functools.partial(kernels.rope, interleave=interleave, in_place=in_place),

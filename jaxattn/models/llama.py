@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxattn.append import append_paged_kv_cache
+from jaxattn.append import rope_append_paged_kv_cache
 from jaxattn.attention import paged_decode, paged_prefill
 from jaxattn.checks import check_heads, check_positive
 from jaxattn.kv_cache import PagedKVCache, PageTable
 from jaxattn.models.checkpoint import Checkpoint, read_json
 from jaxattn.norm import fused_add_rmsnorm, rmsnorm
 from jaxattn.plan import DecodePlan, PrefillPlan
-from jaxattn.rope import apply_rope_with_cos_sin_cache_inplace, precompute_freqs_cis
+from jaxattn.rope import precompute_freqs_cis
 
 Caches = tuple[PagedKVCache, ...]
 
@@ -368,19 +368,18 @@ def _layer(
     backend: str | None,
 ) -> tuple[Array, Array, PagedKVCache]:
     """One layer: (normed x, residual, cache) to the next layer's."""
-    t, d, eps = x.shape[0], config.head_dim, config.rms_norm_eps
-    q_out, kv_out = config.num_qo_heads * d, config.num_kv_heads * d
-
-    q, k, v = jnp.split(_linear(x, layer.qkv_proj), (q_out, q_out + kv_out), axis=1)
-    if config.qk_norm:
-        q = rmsnorm(q.reshape(t, -1, d), layer.q_norm, eps, backend=backend).reshape(t, -1)
-        k = rmsnorm(k.reshape(t, -1, d), layer.k_norm, eps, backend=backend).reshape(t, -1)
-    q, k = apply_rope_with_cos_sin_cache_inplace(
-        batch.positions, q, k, d, cos_sin_cache, backend=backend
-    )
-    q, k, v = (y.reshape(t, -1, d) for y in (q, k, v))
-    cache = append_paged_kv_cache(
-        k, v, batch.batch_indices, batch.positions, cache, batch.page_table, backend=backend
+    t, eps = x.shape[0], config.rms_norm_eps
+    q, cache = rope_append_paged_kv_cache(
+        _linear(x, layer.qkv_proj),
+        batch.batch_indices,
+        batch.positions,
+        cos_sin_cache,
+        cache,
+        batch.page_table,
+        q_norm_weight=layer.q_norm,
+        k_norm_weight=layer.k_norm,
+        eps=eps,
+        backend=backend,
     )
     if isinstance(batch.plan, DecodePlan):
         o = paged_decode(q, cache, batch.plan, backend=backend)

@@ -1,0 +1,158 @@
+"""From a layer's projection to its attention in one launch: the queries and keys of each token,
+normed if the model norms them, are rotated; the queries are returned, and the keys and the values
+written to the pages of a KV cache, in place.
+
+    x = x / sqrt(mean(x^2) + eps) * weight           of each query and key head, if there are weights
+    y1 = x1 cos - x2 sin,   y2 = x2 cos + x1 sin     as in rope.py
+
+in float32, rounded once: q to its own dtype, k and v to the cache's. `_page_slots` says where a
+token goes; of a token without a slot, only the queries are computed.
+
+Axes: t tokens, h query heads, kh KV heads, d head dim, r = rotary_dim / 2 pairs, b requests.
+Grid: (t / block_tokens * head_blocks): a program takes a block of the query heads and a block of the
+KV heads of a few tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxattn.kernels._heads import Heads, Rotary
+from jaxattn.kernels._launch import launch
+from jaxattn.kernels._page_slots import PageSlots, with_rows
+from jaxattn.kernels._paged_tile import divmod_by
+from jaxattn.kernels._rows import Rows, block_of, load, pow2
+from jaxattn.kv_cache import PagedKVCache, PageTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block_tokens: int  # tokens of a program, a power of two
+    head_blocks: int  # programs that share the heads of a token, a power of two
+    num_warps: int
+
+
+def default_config(num_tokens: int, num_heads: int, head_dim: int) -> Config:
+    """The tile for `num_heads` query heads, of which no more are KV heads."""
+    token = pow2(num_heads) * pow2(head_dim)
+    block_tokens = max(1, min(pow2(num_tokens), 2048 // token))
+    head_blocks = max(1, token // 8192)
+    return Config(block_tokens, head_blocks, num_warps=4)
+
+
+def _rope_append_kernel(
+    qkv_ref,  # [t * (h + 2 * kh), d]: the heads of q, of k, of v
+    batch_ref,  # int32 [t]
+    positions_ref,  # int32 [t]
+    table_ref,  # float32 [max_position, 2 * r], cosines, then sines
+    indptr_ref,  # int32 [b + 1]
+    indices_ref,  # int32 [capacity]
+    *refs,  # q's and k's norm weights [1, d], if any; the cache's one or two arrays [num_rows, d];
+    # then q [t * h, d], and the cache's memory as outputs
+    rotary: Rotary,
+    slots: PageSlots,
+    num_heads: int,
+    num_kv_heads: int,
+    has_norm: bool,
+    eps: float,
+    block_tokens: int,
+    head_blocks: int,
+):
+    weight_refs, refs = (refs[:2], refs[2:]) if has_norm else ((), refs)
+    q_ref, *cache_refs = refs[len(refs) // 2 :]
+    k_ref, v_ref = cache_refs[0], cache_refs[-1]
+    (num_tokens,) = positions_ref.shape
+    d = rotary.head_dim
+    block, head_block = divmod_by(pl.program_id(0), head_blocks)
+    token, exist = block_of(block, block_tokens, num_tokens)
+    q_heads, kv_heads = (Heads.of(head_block, head_blocks, n) for n in (num_heads, num_kv_heads))
+
+    # Loads start in this order, and the first use of one waits for it and holds up those behind:
+    # first what waits for nothing, then what waits for the position and for the request.
+    position, batch = load(positions_ref, token, exist), load(batch_ref, token, exist)
+    first = token * (num_heads + 2 * num_kv_heads)
+    rows = q_heads.rows(first, exist), kv_heads.rows(first + num_heads, exist)
+    q, k = ([own.load(qkv_ref, run) for run in rotary.columns] for own in rows)
+    v = kv_heads.rows(first + num_heads + num_kv_heads, exist).load(qkv_ref, range(d))
+    weight_row = Rows(jnp.zeros((1,) * (v.ndim - 1), jnp.int32))
+    weights = [[weight_row.load(ref, run) for run in rotary.columns] for ref in weight_refs]
+    cos, sin = rotary.load_row(table_ref, position)
+    slot_row, has_slot = slots.rows(indptr_ref, indices_ref, batch, position, exist)
+
+    if weights:
+        q, k = (_norm(x, weight, d, eps) for x, weight in zip((q, k), weights))
+    to_q = q_heads.rows(token * num_heads, exist)
+    to_k = kv_heads.rows(slot_row, has_slot, slots.strides.head)
+    to_v = kv_heads.rows(slot_row + slots.strides.value, has_slot, slots.strides.head)
+    for ref, to, x in ((q_ref, to_q, q), (k_ref, to_k, k)):
+        for run, y in zip(rotary.columns, rotary.turn(x, cos, sin)):
+            to.store(ref, run, y)
+    to_v.store(v_ref, range(d), v)
+
+
+def _norm(
+    x: Sequence[jax.Array], weight: Sequence[jax.Array], head_dim: int, eps: float
+) -> list[jax.Array]:
+    """The RMSNorm of heads that come in runs of their dims, [t, h, ...] each, in float32."""
+    x = [run.astype(jnp.float32) for run in x]
+    total = sum(jnp.sum(run * run, axis=-1) for run in x)
+    scale = jax.lax.rsqrt(total / head_dim + eps)[..., None]
+    return [run * scale * w.astype(jnp.float32) for run, w in zip(x, weight)]
+
+
+def rope_append(
+    qkv: jax.Array,
+    batch_indices: jax.Array,
+    positions: jax.Array,
+    cos_sin_cache: jax.Array,
+    norm_weights: tuple[jax.Array, jax.Array] | None,
+    cache: PagedKVCache,
+    table: PageTable,
+    *,
+    interleave: bool,
+    eps: float,
+    interpret: bool,
+) -> tuple[jax.Array, PagedKVCache]:
+    """qkv [t, (h + 2 * kh) * d], norm_weights of q and of k [d] -> (q [t, h, d], the cache)."""
+    t, width = qkv.shape
+    d, num_kv_heads = cache.head_dim, cache.num_kv_heads
+    num_heads = width // d - 2 * num_kv_heads
+    config = default_config(t, max(num_heads, num_kv_heads), d)
+    weights = [weight.reshape(1, d) for weight in norm_weights or ()]
+    rows = [x.reshape(-1, d) for x in cache.arrays]
+    inputs = [
+        qkv.reshape(-1, d),
+        batch_indices,
+        positions,
+        cos_sin_cache,
+        table.indptr,
+        table.indices,
+        *weights,
+    ]
+    q, *written = launch(
+        functools.partial(
+            _rope_append_kernel,
+            rotary=Rotary(d, cos_sin_cache.shape[1], interleave),
+            slots=PageSlots.of(cache),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            has_norm=norm_weights is not None,
+            eps=eps,
+            block_tokens=config.block_tokens,
+            head_blocks=config.head_blocks,
+        ),
+        *inputs,
+        *rows,
+        name="jaxattn_rope_append_paged_kv_cache",
+        grid=(pl.cdiv(t, config.block_tokens) * config.head_blocks,),
+        out_shape=[((t * num_heads, d), qkv.dtype), *((x.shape, x.dtype) for x in rows)],
+        num_warps=config.num_warps,
+        num_stages=1,
+        interpret=interpret,
+        aliases={len(inputs) + i: 1 + i for i in range(len(rows))},
+    )
+    return q.reshape(t, num_heads, d), with_rows(cache, written)
