@@ -6,6 +6,7 @@ Lengths in a name are tokens: `b32_4k` is 32 requests of 4096. Attention has 32 
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 NUM_LAYERS = 32  # of a decode step
 
@@ -79,6 +80,23 @@ class Norm(Case):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope(Case):
     tokens: int
+    num_qo_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop(Case):
+    """op decode_loop: `steps` steps of a model, greedily, in one call, after kv_len tokens each; times are a step's."""
+
+    batch: int
+    kv_len: int
+    steps: int
+    num_layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    page_size: int = 16
     num_qo_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
@@ -195,6 +213,19 @@ def _full() -> list[Case]:
         _step("b8_8k", 8, 8192),
         _step("b8_32k", 8, 32768),
     ]
+    llama3_8b: dict[str, Any] = dict(
+        num_layers=NUM_LAYERS, hidden=4096, intermediate=14336, vocab=128256
+    )
+    cases.append(
+        Loop(
+            op="decode_loop",
+            name="llama3_8b_b32_4k",
+            batch=32,
+            kv_len=4096,
+            steps=32,  # as `generate` takes at once
+            **llama3_8b,
+        )
+    )
     return cases
 
 
@@ -203,7 +234,7 @@ _APPENDS = {"b1_1": (1, 1), "b32_1": (32, 1), "b256_1": (256, 1), "b4_4k": (4, 4
 
 def _smoke() -> list[Case]:
     """One small case an op, for a CPU: lengths that fit no tile, and every kind of page."""
-    heads = dict(num_qo_heads=8, num_kv_heads=2)
+    heads: dict[str, Any] = dict(num_qo_heads=8, num_kv_heads=2)
     decode = _decode("ragged", 3, 1, 16, **heads)
     prefill = _prefill("ragged", 2, 1, 1, 1, **heads)
     return [
@@ -215,6 +246,18 @@ def _smoke() -> list[Case]:
         *_norms(5, 256, "float16"),
         Rope(op="rope", name="5", tokens=5, num_qo_heads=4, num_kv_heads=2),
         dataclasses.replace(_step("b2_40", 2, 40, **heads), num_layers=2),
+        Loop(
+            op="decode_loop",
+            name="b2_40",
+            batch=2,
+            kv_len=40,
+            steps=3,
+            num_layers=2,
+            hidden=128,
+            intermediate=64,
+            vocab=64,
+            **heads,
+        ),
     ]
 
 

@@ -5,6 +5,7 @@ Lengths and page tables are also kept as NumPy arrays, since host-side planners 
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from typing import Any
 
@@ -14,10 +15,12 @@ import numpy as np
 from jax import Array
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
+from jaxattn.models import llama
 
 ROPE_THETA = 5e5
 EPS = 1e-6
+SHOWN_LAYERS = (0, -1)  # of a decode loop
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +81,15 @@ class RopeInputs:
     cos_sin_cache: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoopInputs:
+    params: llama.Params
+    caches: llama.Caches
+    block_table: Array  # int32 [b, w], with room for all steps
+    token: Array  # int32 [b], each request's next
+
+
 def make_inputs(case: Case) -> Any:
     """The inputs of a case; the same values at every call."""
     seed = zlib.crc32(case.id.encode()) >> 2  # an int32, also after the additions below
@@ -127,14 +139,71 @@ def make_inputs(case: Case) -> Any:
                 _int32(rng.permutation(length)[: case.tokens]),
                 ja.precompute_freqs_cis(case.head_dim, length, ROPE_THETA),
             )
+        case Loop():
+            return _loop_inputs(case, seed, rng)
     raise TypeError(f"no inputs for {type(case).__name__}")
 
 
+def loop_config(case: Loop) -> llama.LlamaConfig:
+    """The model of a decode loop."""
+    return llama.LlamaConfig(
+        vocab_size=case.vocab,
+        hidden_size=case.hidden,
+        intermediate_size=case.intermediate,
+        num_layers=case.num_layers,
+        num_qo_heads=case.num_qo_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        rms_norm_eps=EPS,
+        max_position_embeddings=case.kv_len + case.steps,
+        rope=llama.RopeConfig(ROPE_THETA),
+    )
+
+
+def appended(caches: llama.Caches, block_table: Array, begin: int, count: int) -> list[Array]:
+    """K and V [b * count, kh, d] at positions begin .. begin + count - 1 of each request, in SHOWN_LAYERS."""
+    page_size = caches[0].page_size
+    position = jnp.arange(begin, begin + count, dtype=jnp.int32)
+    page, slot = block_table[:, position // page_size], position % page_size
+    rows = [a[page, slot[None, :]] for i in SHOWN_LAYERS for a in caches[i].arrays]
+    return [a.reshape(-1, *a.shape[2:]) for a in rows]
+
+
+def _loop_inputs(case: Loop, seed: int, rng: np.random.Generator) -> LoopInputs:
+    """Random weights that keep activations of order one, and a random past."""
+    seeds = itertools.count(seed)
+
+    def weight(source: llama.Source) -> Array:
+        (name, shape), *more = source.tensors
+        shape = (shape[0] + sum(s[0] for _, s in more), *shape[1:])
+        if name.endswith("norm.weight"):
+            return jnp.ones(shape, case.dtype)
+        scale = 1.0 if "embed" in name else shape[-1] ** -0.5
+        return _normal(next(seeds), scale, shape=shape, dtype=case.dtype)
+
+    width = -(-(case.kv_len + case.steps) // case.page_size)
+    num_pages = case.batch * width
+    shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    # The mean of so many random values would be lost beside the residual stream, and a wrong one with it.
+    scales = (1.0, case.kv_len**0.5)
+    return LoopInputs(
+        jax.tree.map(weight, llama.sources(loop_config(case))),
+        tuple(
+            ja.PagedKVCache(
+                tuple(_normal(next(seeds), s, shape=shape, dtype=case.dtype) for s in scales)
+            )
+            for _ in range(case.num_layers)
+        ),
+        _int32(rng.permutation(num_pages).reshape(case.batch, width)),
+        _int32(rng.integers(0, case.vocab, case.batch)),
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(seed: Any, *, shape: tuple[int, ...], dtype: str) -> Array:
+def _normal(seed: Any, scale: float = 1.0, *, shape: tuple[int, ...], dtype: str) -> Array:
     # In float32, then rounded: drawn in 16 bits, the values would be a few hundred distinct ones.
     key = jax.random.key(seed, impl="rbg")
-    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def _int32(x: np.ndarray) -> Array:

@@ -2,7 +2,9 @@
 
 The error is the largest relative error of a row (a token, a page slot): ||out - ref|| / ||ref||. Attention is checked
 on up to ROWS query tokens of every request, the first and the last among them, or of REQUESTS requests in
-CHECKED_LAYERS of a decode step; everything else in full.
+CHECKED_LAYERS of a decode step; everything else in full. A decode loop is held, for LOOP_REQUESTS requests,
+against one prefill of its tokens by the same model in plain jnp: by what it appended in a few layers, and by how far a
+token it took falls short of the likeliest, as a share of the largest logit.
 """
 
 import functools
@@ -16,16 +18,28 @@ import numpy as np
 from jax import Array
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
-from benchmarks.inputs import EPS, AttentionInputs
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
+from benchmarks.inputs import EPS, SHOWN_LAYERS, AttentionInputs, LoopInputs, appended, loop_config
 from jaxattn import reference
+from jaxattn.models import llama
 
 ROWS = 16
 REQUESTS = 8
 CHECKED_LAYERS = (0, 1, -1)
+LOOP_REQUESTS = 2
 
 # Twice and more what rounding the inputs of the matrix products costs; a wrong row is off by far more.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+# Every layer rounds: two sound computations of 32 layers differ by 2% of a row of the last.
+LOOP_TOLERANCE = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-4}
+
+# Its products are few: searching for the fastest algorithm would take longer than they do.
+NO_SEARCH = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+def tolerance(case: Case) -> float:
+    """The largest error of a right output."""
+    return (LOOP_TOLERANCE if isinstance(case, Loop) else TOLERANCE)[case.dtype]
 
 
 class Oracle(NamedTuple):
@@ -42,6 +56,8 @@ def make_oracle(case: Case, inputs: Any) -> Oracle:
         tokens, o = _attention(case, inputs, inputs.caches[0], inputs.q, rows)
         checked = f"{tokens.size} of {case.num_qo_tokens} query tokens"
         return Oracle(lambda out: _error([out[0][tokens]], [o]), checked)
+    if isinstance(case, Loop):
+        return _loop_oracle(case, inputs)
     expected = _expected(case, inputs)
     return Oracle(lambda out: _error(out, expected), "all")
 
@@ -92,6 +108,58 @@ def _step_oracle(case: Attention, inputs: AttentionInputs) -> Oracle:
     )
 
 
+def _loop_oracle(case: Loop, x: LoopInputs) -> Oracle:
+    """The tokens of a few requests, and the keys and values they appended, against one prefill of these tokens."""
+    checked = _spread(case.batch, LOOP_REQUESTS)
+    pages = x.block_table[checked].reshape(-1)
+    caches = jax.tree.map(lambda a: a[pages], x.caches)
+
+    def error(outputs: Sequence[Array]) -> float:
+        tokens, *rows = outputs
+        chosen = tokens.T[checked]  # [r, steps]
+        told = jnp.concatenate([x.token[checked, None], chosen[:, :-1]], axis=1)
+        shortfall, expected = _replay(x.params, caches, told, chosen, case)
+        ours = [a.reshape(case.batch, case.steps, -1)[checked] for a in rows]
+        flat = [[a.reshape(chosen.size, -1) for a in each] for each in (ours, expected)]
+        return float(np.max([float(shortfall), _error(*flat)]))
+
+    return Oracle(error, f"{checked.size} of {case.batch} requests, layers {SHOWN_LAYERS}")
+
+
+@functools.partial(jax.jit, static_argnames="case", compiler_options=NO_SEARCH)
+def _replay(
+    params: llama.Params, caches: llama.Caches, tokens: Array, chosen: Array, case: Loop
+) -> tuple[Array, list[Array]]:
+    """Tokens [r, steps] through the model at once: (shortfall of the chosen ones, k and v appended in a few layers)."""
+    requests, steps = tokens.shape
+    config = loop_config(case)
+    kv_len = jnp.full(requests, case.kv_len + steps, jnp.int32)
+    qo_indptr = jnp.arange(requests + 1, dtype=jnp.int32) * steps
+    block_table = jnp.arange(caches[0].num_pages, dtype=jnp.int32).reshape(requests, -1)
+    table = ja.PageTable.from_block_table(block_table, kv_len, case.page_size)
+    owner, positions = ja.get_batch_indices_positions(qo_indptr, kv_len, tokens.size)
+    plan = ja.plan_prefill(
+        qo_indptr,
+        table,
+        page_size=case.page_size,
+        num_qo_tokens=tokens.size,
+        num_qo_heads=case.num_qo_heads,
+        num_kv_heads=case.num_kv_heads,
+    )
+    logits, caches = llama.forward(
+        params,
+        config,
+        llama.Batch(tokens.reshape(-1), positions, owner, table, plan),
+        caches,
+        llama.rope_table(config, case.kv_len + steps),
+        jnp.arange(tokens.size, dtype=jnp.int32),
+        backend="xla",
+    )
+    best, taken = logits.max(axis=1), logits[jnp.arange(tokens.size), chosen.reshape(-1)]
+    shortfall = ((best - taken) / jnp.abs(logits).max(axis=1)).max()
+    return shortfall, appended(caches, block_table, case.kv_len, steps)
+
+
 def _spread(n: int, count: int) -> np.ndarray:
     """Up to `count` of 0 .. n - 1, evenly spread, both ends among them."""
     return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
@@ -122,11 +190,7 @@ def _attention(
     return np.concatenate(tokens), jnp.concatenate(outputs)
 
 
-# Its products are few: searching for the fastest algorithm would take longer than they do.
-@functools.partial(
-    jax.jit,
-    compiler_options={"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
-)
+@functools.partial(jax.jit, compiler_options=NO_SEARCH)
 def _attend(q: Array, k_pages: Array, v_pages: Array, page_ids: Array, last_key: Array) -> Array:
     k, v = (pages[page_ids].reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages))
     mask = jnp.arange(k.shape[0], dtype=jnp.int32)[None, :] <= last_key[:, None]

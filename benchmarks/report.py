@@ -89,6 +89,8 @@ def make_tables(results: dict[str, Any], peak_tbps: float | None = None) -> dict
     tables = {"machine": _machine(results["meta"], peak)}
     if summary := _summary(cases):
         tables["summary"] = summary
+    if loops := _loops(cases):
+        tables["decode_loop"] = loops
     for name, ops in {
         "decode": ["decode"],
         "decode_step": ["decode_step"],
@@ -172,6 +174,27 @@ def _cases(cases: dict[Key, dict[str, Row]]) -> str:
         line += [_ratio(speed_up(rows, name)) for name in rivals]
         lines.append(line)
     return _markdown(head, lines)
+
+
+def _loops(cases: dict[Key, dict[str, Row]]) -> str:
+    """A line a decode loop: a step by the clock, and how much of it is not kernels. Maybe empty."""
+    lines = []
+    for key, rows in cases.items():
+        ours = rows.get(OURS)
+        if key[0] == "decode_loop" and ours and ours["ok"]:
+            lines.append(
+                [
+                    label(key, rows),
+                    _us(ours),
+                    f"{ours['kernel_us']:.0f}",
+                    str(ours["kernels"]),
+                    f"{ours['us'] / ours['kernel_us'] - 1:+.1%}",
+                    f"{ours['gbps'] / 1e3:.2f}",
+                    f"{ours['roof_share']:.0%}",
+                ]
+            )
+    head = ["case", "us a step, wall clock", "us of kernels", "kernels", "beyond kernels"]
+    return _markdown([*head, "TB/s", "of roof"], lines) if lines else ""
 
 
 def _summary(cases: dict[Key, dict[str, Row]]) -> str:

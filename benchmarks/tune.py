@@ -22,7 +22,7 @@ from benchmarks import cases, timing
 from benchmarks.cases import Case
 from benchmarks.compile_report import KernelReport, compile_for
 from benchmarks.inputs import make_inputs
-from benchmarks.oracle import TOLERANCE, make_oracle
+from benchmarks.oracle import make_oracle, tolerance
 from benchmarks.providers import jaxattn as ours
 from benchmarks.timing import Call
 from benchmarks.work import work
@@ -174,7 +174,7 @@ def _times(
     for i, started in zip(configs, pool.map(start, configs.values())):
         if isinstance(started, Exception):
             compiled[i] = compiled[i][0], f"{started}".splitlines()[0][:80]
-        elif not (error := oracle.error(started[1])) <= TOLERANCE[case.dtype]:
+        elif not (error := oracle.error(started[1])) <= tolerance(case):
             compiled[i] = compiled[i][0], f"wrong, error {error:.3g}"
         else:
             calls[str(i)] = started[0]

@@ -6,7 +6,7 @@ pairs (query, key) that the mask admits; the softmax is not counted. Other ops h
 
 import dataclasses
 
-from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -67,5 +67,18 @@ def work(case: Case) -> Work:
                 case.tokens * (2 * heads * case.head_dim * size + 4 * case.head_dim + 4),
                 None,
                 "bytes: q + k read and written + float32 table row and position per token",
+            )
+        case Loop():
+            q, kv = case.num_qo_heads * case.head_dim, case.num_kv_heads * case.head_dim
+            matrices = case.hidden * (2 * q + 2 * kv + 3 * case.intermediate)
+            weights = case.num_layers * matrices + case.vocab * case.hidden
+            # On average over the steps; the first sees kv_len keys and its own.
+            keys = case.batch * (case.kv_len + (case.steps + 1) / 2)
+            cached = case.num_layers * (keys + case.batch) * 2 * kv
+            return Work(
+                round((weights + cached) * size),
+                round(2 * case.batch * weights + case.num_layers * 4 * q * keys),
+                "a step (bytes: weights + k + v, read and appended; flops: 2 per weight and request, "
+                "4 d h per pair)",
             )
     raise TypeError(f"no work model for {type(case).__name__}")

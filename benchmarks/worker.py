@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import jaxlib
 
 from benchmarks import cases, providers
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Loop
 from benchmarks.inputs import make_inputs
-from benchmarks.oracle import TOLERANCE, make_oracle
+from benchmarks.oracle import make_oracle, tolerance
 from benchmarks.timing import (
     Call,
     Ceilings,
@@ -32,6 +32,7 @@ from benchmarks.timing import (
     Timing,
     choose_recorder,
     kernel_times,
+    loop_times,
     measure_ceilings,
     wall_times,
 )
@@ -73,7 +74,10 @@ def main(job: dict[str, Any], emit: Any) -> None:
 
 
 class _Clock:
-    """Wall clock for decode steps, kernel times for all else; the kernel timer is chosen when first needed."""
+    """Wall clock for decode steps, both for a decode loop, kernel times for all else.
+
+    The kernel timer is chosen when first needed.
+    """
 
     def __init__(self, modules: dict[str, ModuleType]):
         self._modules = modules
@@ -82,6 +86,11 @@ class _Clock:
     def __call__(self, case: Case, calls: dict[str, Call]) -> dict[str, Timing]:
         if case.op == "decode_step":
             return wall_times(calls)
+        if isinstance(case, Loop):
+            return loop_times(calls, case.steps, *self._choose())
+        return kernel_times(calls, *self._choose())
+
+    def _choose(self) -> tuple[str, Recorder]:
         if self._recorder is None:
             x = jnp.ones(1024)
             bump = jax.jit(lambda x: x + 1)
@@ -90,7 +99,7 @@ class _Clock:
             for probe in probes:
                 probe.wait(probe.run())
             self._recorder = choose_recorder(probes)
-        return kernel_times(calls, *self._recorder)
+        return self._recorder
 
 
 @dataclasses.dataclass
@@ -127,10 +136,10 @@ def _measure(
         finally:
             attempt.outputs = None
         attempt.error = error if math.isfinite(error) else None
-        if error <= TOLERANCE[case.dtype]:
+        if error <= tolerance(case):
             right[name] = attempt.call
         else:
-            attempt.failure = f"wrong: {error=:.3g}, tolerance {TOLERANCE[case.dtype]}"
+            attempt.failure = f"wrong: {error=:.3g}, tolerance {tolerance(case)}"
     try:
         for name, timing in clock(case, right).items():
             attempts[name].timing = timing
@@ -182,6 +191,7 @@ def _row(
         "ok": timed is not None,
         "kernels": timed.kernels if timed else None,
         "timer": timed.timer if timed else None,
+        "kernel_us": round(timed.kernel_us, 3) if timed and timed.kernel_us else None,
         "bytes": done.bytes,
         "flops": done.flops,
         "work_model": done.model,

@@ -12,7 +12,7 @@ import flashinfer
 import jax
 import torch
 
-from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
 from benchmarks.inputs import EPS, AttentionInputs
 from benchmarks.timing import Call
 
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or isinstance(case, Loop):
         return {}
     if not isinstance(case, Attention):
         return {"flashinfer": lambda: _call(case, inputs)}

@@ -1,6 +1,7 @@
 """This library: on a GPU its kernels, elsewhere its XLA reference.
 
-Kernel times of attention leave the plan out, as those of FlashInfer do; a decode step has it in.
+Kernel times of attention leave the plan out, as those of FlashInfer do; a decode step has it in, and a decode loop is
+`jaxattn.generate`'s.
 """
 
 import functools
@@ -11,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Merge, Norm, Rope
-from benchmarks.inputs import EPS, AttentionInputs
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
+from benchmarks.inputs import EPS, AttentionInputs, LoopInputs, appended, loop_config
 from benchmarks.timing import Call
+from jaxattn.generate import Requests, Sampling, State, decode_steps
+from jaxattn.models import llama
 
 
 def versions() -> dict[str, str]:
@@ -58,6 +61,8 @@ def make_call(case: Case, x: Any, *, backend: str | None = None) -> Call:
                 )
 
             return update(rope, (x.query, x.key), (x.positions, x.cos_sin_cache))
+        case Loop():
+            return _decode_loop(case, x, backend)
     raise TypeError(f"no call for {type(case).__name__}")
 
 
@@ -116,3 +121,42 @@ def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call
         return outputs
 
     return Call(lambda: step(x.q, x.caches, x.pages.table))
+
+
+def _decode_loop(case: Loop, x: LoopInputs, backend: str | None) -> Call:
+    """Every call decodes the same steps: the caches move on with it, the lengths begin anew."""
+    config = loop_config(case)
+
+    def zeros(dtype: Any = jnp.int32) -> jax.Array:
+        return jnp.zeros(case.batch, dtype)
+
+    def loop(caches, params, block_table, token, cos_sin_cache):
+        requests = Requests(
+            block_table=block_table,
+            prompt_len=zeros() + case.kv_len,
+            limit=zeros() + case.steps + 1,  # nobody ends
+            eos=jnp.zeros(0, jnp.int32),
+            key=jax.random.split(jax.random.key(0), case.batch),
+            cos_sin_cache=cos_sin_cache,
+        )
+        state = State(caches, zeros() + case.kv_len, token, zeros(), zeros(bool))
+        options: dict[str, Any] = dict(config=config, sampling=Sampling(), backend=backend)
+        state, tokens = decode_steps(params, state, requests, num_steps=case.steps, **options)
+        new = appended(state.caches, block_table, case.kv_len, case.steps)
+        return state.caches, (tokens, *new)
+
+    table = llama.rope_table(config, case.kv_len + case.steps)
+    caches = jax.tree.map(jnp.copy, x.caches)
+
+    def runner(**options: Any) -> Callable[[], tuple[jax.Array, ...]]:
+        step = jax.jit(loop, donate_argnums=0, **options)
+
+        def run() -> tuple[jax.Array, ...]:
+            nonlocal caches
+            caches, outputs = step(caches, x.params, x.block_table, x.token, table)
+            return outputs
+
+        return run
+
+    no_graphs = {"xla_gpu_enable_command_buffer": ""}
+    return Call(runner(), run_apart=runner(compiler_options=no_graphs))

@@ -1,9 +1,9 @@
-"""What XLA's own fusion makes of the plain jnp definition of each op but attention, which it does not fuse."""
+"""What XLA's own fusion makes of the plain jnp definition of each op; not of attention, which it does not fuse."""
 
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.cases import Attention, Case
+from benchmarks.cases import Attention, Case, Loop
 from benchmarks.providers import jaxattn
 from benchmarks.timing import Call
 
@@ -13,6 +13,6 @@ def versions() -> dict[str, str]:
 
 
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
-    if isinstance(case, Attention):
+    if isinstance(case, Attention | Loop):
         return {}
     return {"xla": lambda: jaxattn.make_call(case, inputs, backend="xla")}
