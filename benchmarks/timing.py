@@ -5,14 +5,15 @@ device drains, and only then does recording start, so every kernel recorded is t
 turns, so that clocks and temperature drift alike for all; the median over the rounds counts. Launch gaps are not in
 it; copies by the copy engine and memsets are not kernels either, so providers must launch none.
 
-Wall-clock time: a few steps enqueued back to back, until the device has finished, per step; in turns, too, and the
-median of repeats.
+Wall-clock time: steps enqueued back to back, until the device has finished, per step; enough of them that starting the
+first and waiting for the last do not count; in turns, too, and the median of repeats.
 
 A decode loop has both: what its steps take, and what their kernels take when launched one by one.
 """
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 
 ROUNDS, WARM_UP_ROUNDS = 25, 5
 MIN_SHARE = 0.8  # of the rounds, that saw the same number of kernels: a record may get lost
-REPEATS, STEPS = 20, 5
+REPEATS, MIN_STEPS, MIN_REPEAT_SECONDS = 20, 5, 0.03
 LOOP_ROUNDS, LOOP_REPEATS, LOOP_CALLS = 5, 5, 2  # each a thousand kernels and more
 FLUSH_BYTES = 256 * 2**20
 CLOCK_RAMP_SECONDS = 0.1
@@ -121,9 +122,7 @@ def kernel_times(
       RuntimeError: the timer saw nothing, or not the same number of kernels most of the time.
     """
     flush = _make_flush()
-    ramp = time.perf_counter() + CLOCK_RAMP_SECONDS
-    while jax.default_backend() == "gpu" and time.perf_counter() < ramp:
-        flush()
+    _ramp_clocks()
     rounds: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(WARM_UP_ROUNDS + counted):
         for name, call in calls.items():
@@ -143,20 +142,43 @@ def kernel_times(
 
 
 def wall_times(
-    calls: Mapping[str, Call], *, steps: int = STEPS, repeats: int = REPEATS
+    calls: Mapping[str, Call], *, steps: int | None = None, repeats: int = REPEATS
 ) -> dict[str, Timing]:
-    """The median wall-clock time of one of `steps` calls enqueued back to back, the calls taking turns."""
+    """The median wall-clock time of one of `steps` calls enqueued back to back, the calls taking turns.
+
+    By default as many steps for all as keep the fastest busy for MIN_REPEAT_SECONDS.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call.wait(call.run())
+    _ramp_clocks()
+    if steps is None:
+        fastest = min((_lap(call, MIN_STEPS) for call in calls.values()), default=1.0)
+        steps = max(MIN_STEPS, math.ceil(1e6 * MIN_REPEAT_SECONDS / fastest))
     for _ in range(repeats):
         for name, call in calls.items():
-            begin = time.perf_counter()
-            for _ in range(steps):
-                outputs = call.run()
-            call.wait(outputs)
-            times[name].append(1e6 * (time.perf_counter() - begin) / steps)
+            times[name].append(_lap(call, steps))
     return {name: Timing(statistics.median(us), None, "wall") for name, us in times.items()}
+
+
+def _lap(call: Call, steps: int) -> float:
+    """Microseconds of one of so many calls."""
+    outputs = None
+    begin = time.perf_counter()
+    for _ in range(steps):
+        # Freed first, so that this call finds its memory where the last one did: a CUDA graph is
+        # rewritten for other addresses.
+        outputs = None
+        outputs = call.run()
+    call.wait(outputs)
+    return 1e6 * (time.perf_counter() - begin) / steps
+
+
+def _ramp_clocks() -> None:
+    """Keeps a GPU busy until its clocks are up."""
+    end = time.perf_counter() + CLOCK_RAMP_SECONDS
+    while jax.default_backend() == "gpu" and time.perf_counter() < end:
+        _make_flush()()
 
 
 def loop_times(
