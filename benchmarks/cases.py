@@ -86,6 +86,27 @@ class Rope(Case):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeAppend(Case):
+    """From a layer's projection to its attention: q and k normed if qk_norm, rotated, k and v appended.
+
+    `new` tokens each of `batch` requests, the last of kv_len.
+    """
+
+    batch: int
+    new: int
+    kv_len: int
+    page_size: int = 16
+    num_qo_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    qk_norm: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch * self.new
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop(Case):
     """op decode_loop: `steps` steps of a model, greedily, in one call, after kv_len tokens each; times are a step's."""
 
@@ -131,6 +152,11 @@ def _append(name: str, batch: int, new: int, page_size: int) -> Append:
     return Append(
         op="append", name=name, batch=batch, new=new, kv_len=max(new, 1024), page_size=page_size
     )
+
+
+def _rope_append(name: str, batch: int, new: int, **shape: Any) -> RopeAppend:
+    kv_len = max(new, 1024)
+    return RopeAppend(op="rope_append", name=name, batch=batch, new=new, kv_len=kv_len, **shape)
 
 
 def _norms(rows: int, hidden: int, dtype: str = "bfloat16") -> list[Norm]:
@@ -187,19 +213,31 @@ def _full() -> list[Case]:
         name = f"{states}_states_{tokens}"
         cases.append(Merge(op="merge_states", name=name, states=states, tokens=tokens))
 
-    for rows in (1, 32, 128, 4096, 16384):
+    for rows in (1, 32, 128, 256, 4096, 16384):
         cases += _norms(rows, 4096)
     cases += _norms(8192, 8192) + _norms(4096, 5120)  # Llama-3 70B, Qwen3-32B
     cases += _norms(4096, 4096, "float16")  # the seed's profile
+    for rows, hidden in ((262144, 111), (65536, 1024), (16384, 2560), (8192, 5120), (4096, 16384)):
+        cases += _norms(rows, hidden)  # about as many bytes each
     # Qwen3's norm of q and k: 4096 tokens of 40 heads.
     cases.append(Norm(op="rmsnorm", name="qk_163840x128", rows=163840, hidden=128))
 
-    for tokens in (1, 32, 128, 4096, 16384):
+    for tokens in (1, 32, 128, 256, 4096, 16384):
         cases.append(Rope(op="rope", name=str(tokens), tokens=tokens))
     cases += [
         Rope(op="rope", name="70b_tp8_4096", tokens=4096, num_qo_heads=8, num_kv_heads=1),
         Rope(op="rope", name="qwen3_32b_4096", tokens=4096, num_qo_heads=64),
+        Rope(op="rope", name="16384", tokens=16384, dtype="float16"),
+        Rope(op="rope", name="d64_16384", tokens=16384, head_dim=64),
+        Rope(op="rope", name="d96_8192", tokens=8192, head_dim=96),
+        Rope(op="rope", name="d256_8192", tokens=8192, num_qo_heads=16, head_dim=256),
     ]
+
+    cases += [_rope_append(name, *shape) for name, shape in _APPENDS.items()]
+    qwen3: dict[str, Any] = dict(num_qo_heads=64, qk_norm=True)
+    for name in ("b1_1", "b32_1", "b4_4k"):
+        cases.append(_rope_append(f"qwen3_32b_{name}", *_APPENDS[name], **qwen3))
+    cases.append(_rope_append("70b_tp8_b64_1", 64, 1, num_qo_heads=8, num_kv_heads=1))
 
     cases += [
         _step("b1_8k", 1, 8192),
@@ -245,6 +283,7 @@ def _smoke() -> list[Case]:
         Merge(op="merge_states", name="3_states_5", states=3, tokens=5, num_qo_heads=4),
         *_norms(5, 256, "float16"),
         Rope(op="rope", name="5", tokens=5, num_qo_heads=4, num_kv_heads=2),
+        _rope_append("b2_3", 2, 3, **heads, qk_norm=True),
         dataclasses.replace(_step("b2_40", 2, 40, **heads), num_layers=2),
         Loop(
             op="decode_loop",

@@ -207,15 +207,16 @@ def _target_mesh(target: str) -> jax.sharding.Mesh:
 
 @functools.cache
 def _ptxas() -> str:
-    """The assembler of NVIDIA's wheel (CUDA 13's, or CUDA 12's), else the one on PATH."""
+    """The assembler of NVIDIA's wheel (CUDA 13's, or CUDA 12's), else the one on PATH or in CUDA's usual place."""
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or () if spec else ():
         for place in ("cu13/bin/ptxas", "cuda_nvcc/bin/ptxas"):
             if (path := Path(root) / place).exists():
                 return str(path)
-    if (on_path := shutil.which("ptxas")) is None:
+    elsewhere = shutil.which("ptxas") or shutil.which("ptxas", path="/usr/local/cuda/bin")
+    if elsewhere is None:
         raise RuntimeError("no ptxas: install nvidia-cuda-nvcc, or put a CUDA toolkit's on PATH")
-    return on_path
+    return elsewhere
 
 
 def _assemble(ptx: Path, architecture: str) -> str:
@@ -339,6 +340,19 @@ def _rope_pos_ids(heads: int, kv_heads: int, d: int, dtype: Any = jnp.bfloat16):
     return ja.apply_llama31_rope_pos_ids, (query, key, _struct(4096))
 
 
+def _rope_append(heads: int, kv_heads: int, d: int, norm: bool = False, dtype: Any = jnp.bfloat16):
+    cache, table = _paged_kv(64, 8192, 16, kv_heads, d, dtype)
+    weights = {f"{x}_norm_weight": _struct(d, dtype=dtype) for x in ("q", "k") if norm}
+
+    def step(qkv, batch_indices, positions, cos_sin_cache, cache, table, weights):
+        where = (batch_indices, positions, cos_sin_cache, cache, table)
+        return ja.rope_append_paged_kv_cache(qkv, *where, **weights)
+
+    qkv = _struct(4096, (heads + 2 * kv_heads) * d, dtype=dtype)
+    cos_sin_cache = _struct(8192, d, dtype=jnp.float32)
+    return step, (qkv, _struct(4096), _struct(4096), cos_sin_cache, cache, table, weights)
+
+
 def _append(kv_heads: int, d: int, page_size: int, dtype: Any = jnp.bfloat16):
     cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, dtype)
     kv = _struct(4096, kv_heads, d, dtype=dtype)
@@ -389,6 +403,12 @@ CASES = (
     _case("rope cache neox bf16 32/8 d128", _rope_cache, 32, 8, 128, hot=True),
     _case("rope cache interleaved bf16 32/8 d128", _rope_cache, 32, 8, 128, False),
     _case("rope llama31 pos_ids bf16 32/8 d128", _rope_pos_ids, 32, 8, 128),
+    _case("rope cache neox bf16 8/1 d128", _rope_cache, 8, 1, 128),
+    _case("rope cache neox bf16 16/8 d256", _rope_cache, 16, 8, 256),
+    _case("rope_append bf16 32/8 d128", _rope_append, 32, 8, 128, hot=True),
+    _case("rope_append norm bf16 32/8 d128", _rope_append, 32, 8, 128, True, hot=True),
+    _case("rope_append norm bf16 64/8 d128", _rope_append, 64, 8, 128, True),
+    _case("rope_append bf16 8/1 d128", _rope_append, 8, 1, 128),
     _case("append bf16 8 d128 p1", _append, 8, 128, 1, hot=True),
     _case("append bf16 8 d128 p16", _append, 8, 128, 16, hot=True),
 )

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
 from jaxattn.models import llama
 
 ROPE_THETA = 5e5
@@ -90,6 +90,18 @@ class LoopInputs:
     token: Array  # int32 [b], each request's next
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RopeAppendInputs:
+    qkv: Array  # [t, (h + 2 kh) * d]
+    norm_weights: tuple[Array, Array] | None  # of q and of k, [d]
+    batch_indices: Array
+    positions: Array
+    cos_sin_cache: Array
+    cache: ja.PagedKVCache
+    pages: Pages
+
+
 def make_inputs(case: Case) -> Any:
     """The inputs of a case; the same values at every call."""
     seed = zlib.crc32(case.id.encode()) >> 2  # an int32, also after the additions below
@@ -131,6 +143,22 @@ def make_inputs(case: Case) -> Any:
             residual = normal(seed + 1, shape=rows) if case.op == "fused_add_rmsnorm" else None
             weight = normal(seed + 2, shape=(case.hidden,))
             return NormInputs(normal(seed, shape=rows), residual, weight)
+        case RopeAppend():
+            pages = _pages((case.kv_len,) * case.batch, case.page_size, rng)
+            kv_heads = (case.num_kv_heads, case.head_dim)
+            shape = (pages.indices.size, case.page_size, *kv_heads)
+            width = (case.num_qo_heads + 2 * case.num_kv_heads) * case.head_dim
+            position = np.tile(np.arange(case.kv_len - case.new, case.kv_len), case.batch)
+            weights = tuple(normal(seed + i, shape=(case.head_dim,)) for i in (3, 4))
+            return RopeAppendInputs(
+                normal(seed, shape=(case.num_tokens, width)),
+                weights if case.qk_norm else None,
+                _int32(np.repeat(np.arange(case.batch), case.new)),
+                _int32(position),
+                ja.precompute_freqs_cis(case.head_dim, case.kv_len, ROPE_THETA),
+                ja.PagedKVCache((normal(seed + 1, shape=shape), normal(seed + 2, shape=shape))),
+                pages,
+            )
         case Rope():
             length = max(case.tokens, 8192)
             return RopeInputs(

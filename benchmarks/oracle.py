@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
 from benchmarks.inputs import EPS, SHOWN_LAYERS, AttentionInputs, LoopInputs, appended, loop_config
 from jaxattn import reference
 from jaxattn.models import llama
@@ -86,6 +86,15 @@ def _expected(case: Case, x: Any) -> Sequence[Array]:
         case Rope():
             rope = jax.jit(functools.partial(reference.rope, interleave=False))
             return rope(*float32((x.query, x.key)), x.positions, x.cos_sin_cache)
+        case RopeAppend():
+            write = jax.jit(
+                functools.partial(reference.rope_append_paged_kv_cache, interleave=False, eps=EPS)
+            )
+            where = (x.batch_indices, x.positions, x.cos_sin_cache)
+            q, cache = write(
+                x.qkv.astype(jnp.float32), *where, x.norm_weights, x.cache, x.pages.table
+            )
+            return [*(pages.reshape(-1, *pages.shape[2:]) for pages in cache.arrays), q]
     raise TypeError(f"no oracle for {type(case).__name__}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 OURS = "jaxattn"
 COLUMNS = {
     "jaxattn": "jaxattn",
+    "jaxattn-separate": "jaxattn, an op each",
     "flashinfer": "FlashInfer",
     "flashinfer-cuda-cores": "FlashInfer, CUDA cores",
     "flashinfer-tensor-cores": "FlashInfer, tensor cores",
@@ -99,6 +100,7 @@ def make_tables(results: dict[str, Any], peak_tbps: float | None = None) -> dict
         "merge_states": ["merge_states"],
         "rmsnorm": ["rmsnorm", "fused_add_rmsnorm"],
         "rope": ["rope"],
+        "rope_append": ["rope_append"],
     }.items():
         own = {key: rows for key, rows in cases.items() if key[0] in ops}
         if own:

@@ -26,7 +26,7 @@ from benchmarks.oracle import make_oracle, tolerance
 from benchmarks.providers import jaxattn as ours
 from benchmarks.timing import Call
 from benchmarks.work import work
-from jaxattn.kernels import append, attention, rmsnorm, rope
+from jaxattn.kernels import append, attention, rmsnorm, rope, rope_append
 
 Config = dict[str, Any]  # the fields that differ from the default
 
@@ -36,14 +36,20 @@ _ATTENTION: dict[str, tuple[Any, ...]] = dict(
     num_stages=(2, 3, 4),
     pages_ahead=(False, True),
 )
-_NORM = dict(num_warps=(2, 4, 8, 16, 32))
+_NORM: dict[str, tuple[Any, ...]] = dict(
+    block_rows=(1, 2, 4), block=(512, 1024, 2048, 4096), kept_tiles=(4, 8), num_warps=(2, 4, 8, 16)
+)
+_HEADS: dict[str, tuple[Any, ...]] = dict(
+    block_tokens=(1, 2, 4, 8), head_blocks=(1, 2, 4, 8), num_warps=(1, 2, 4, 8)
+)
 SPACES: dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]] = {
     "decode": (attention, _ATTENTION),
     "prefill": (attention, _ATTENTION),
     "append": (append, dict(block_rows=(4, 8, 16, 32), num_warps=(1, 2, 4, 8))),
     "rmsnorm": (rmsnorm, _NORM),
     "fused_add_rmsnorm": (rmsnorm, _NORM),
-    "rope": (rope, dict(block_heads=(4, 8, 16, 32, 64), num_warps=(1, 2, 4, 8))),
+    "rope": (rope, _HEADS),
+    "rope_append": (rope_append, _HEADS),
 }
 TARGETS = {"NVIDIA H200": "h200", "NVIDIA H100": "h200", "NVIDIA A100": "a100"}  # by architecture
 

@@ -6,7 +6,7 @@ pairs (query, key) that the mask admits; the softmax is not counted. Other ops h
 
 import dataclasses
 
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -67,6 +67,13 @@ def work(case: Case) -> Work:
                 case.tokens * (2 * heads * case.head_dim * size + 4 * case.head_dim + 4),
                 None,
                 "bytes: q + k read and written + float32 table row and position per token",
+            )
+        case RopeAppend():
+            heads = case.num_qo_heads + 2 * case.num_kv_heads
+            return Work(
+                case.num_tokens * (2 * heads * case.head_dim * size + 4 * case.head_dim + 8),
+                None,
+                "bytes: q + k + v read and written + float32 table row and 8 of indices per token",
             )
         case Loop():
             q, kv = case.num_qo_heads * case.head_dim, case.num_kv_heads * case.head_dim

@@ -42,7 +42,7 @@ def test_select_refuses_what_does_not_exist():
 
 def test_both_runs_cover_every_op():
     ops = {"decode", "decode_step", "decode_loop", "prefill", "append", "merge_states"}
-    ops |= {"rmsnorm", "fused_add_rmsnorm", "rope"}
+    ops |= {"rmsnorm", "fused_add_rmsnorm", "rope", "rope_append"}
     assert {c.op for c in SMOKE} == ops == {c.op for c in cases.select()}
 
 
@@ -83,6 +83,7 @@ def test_work_of_the_others():
     assert work(case("fused_add_rmsnorm", "16384x4096")).bytes == 4 * 16384 * 4096 * 2 + 8192
     # 40 heads of 256 bytes read and written, a row of 128 float32, a position.
     assert work(case("rope", "rope/16384")).bytes == 16384 * (2 * 40 * 256 + 512 + 4)
+    assert work(case("rope_append", "b32_1/")).bytes == 32 * (2 * 48 * 256 + 512 + 8)
 
 
 def test_work_of_a_decode_loop():
@@ -221,7 +222,7 @@ def test_smoke_run_writes_what_the_schema_says(smoke_results):
             assert isinstance(row[field], kind), (field, row)
         assert row["ok"] and row["us"] > 0 and row["timer"] == "wall"
     assert {row["op"] for row in rows} == {c.op for c in SMOKE}
-    assert {row["provider"] for row in rows} == {"jaxattn", "xla"}
+    assert {row["provider"] for row in rows} == {"jaxattn", "jaxattn-separate", "xla"}
 
 
 def scripted_run(monkeypatch, tmp_path, script, **options):
@@ -339,5 +340,7 @@ def test_tune_sweeps_fields_that_exist(op):
 def test_tune_overrides_the_default_in_its_own_thread_only():
     module = tune.SPACES["rmsnorm"][0]
     with tune._overridable(module):
-        assert tune._with({"num_warps": 2}, lambda: module.default_config(4096, 1)).num_warps == 2
-        assert module.default_config(4096, 1).num_warps != 2
+        assert (
+            tune._with({"num_warps": 2}, lambda: module.default_config(1, 4096, 1)).num_warps == 2
+        )
+        assert module.default_config(1, 4096, 1).num_warps != 2

@@ -6,7 +6,7 @@
 
 It may fail to import: then it is not installed here and has no rows. Outputs of a Call: attention (o,), decode_step
 the o of every layer, decode_loop (tokens, k and v appended in a few layers), append (k pages, v pages), merge_states
-(v, lse), rmsnorm (y,), fused_add_rmsnorm (y, sum), rope (query, key).
+(v, lse), rmsnorm (y,), fused_add_rmsnorm (y, sum), rope (query, key), rope_append (k pages, v pages, query).
 """
 
 import importlib

@@ -12,7 +12,7 @@ import flashinfer
 import jax
 import torch
 
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
 from benchmarks.inputs import EPS, AttentionInputs
 from benchmarks.timing import Call
 
@@ -74,8 +74,38 @@ def _call(case: Case, x: Any) -> Call:
                     positions, q, k, case.head_dim, table
                 )
                 return q, k
+        case RopeAppend():
+            return _rope_append(case, x)
         case _:
             raise TypeError(f"no call for {type(case).__name__}")
+    return Call(run, _wait)
+
+
+def _rope_append(case: RopeAppend, x: Any) -> Call:
+    """By the ops it has for it: q, k and v are views of the projection, and need not be cut out of it."""
+    h, kh, d = case.num_qo_heads, case.num_kv_heads, case.head_dim
+    qkv, cache = _torch(x.qkv).clone(), tuple(_torch(pages).clone() for pages in x.cache.arrays)
+    q, k, v = qkv.split((h * d, kh * d, kh * d), dim=1)
+    heads = [part.view(case.num_tokens, -1, d) for part in (q, k, v)]
+    weights = [_torch(weight) for weight in x.norm_weights or ()]
+    batch, positions, cos_sin_cache = map(_torch, (x.batch_indices, x.positions, x.cos_sin_cache))
+    table = x.pages.table
+    where = [_torch(a) for a in (table.indices, table.indptr, table.last_page_len)]
+
+    def run():
+        query, key = q, k
+        if weights:
+            query, key = (
+                flashinfer.rmsnorm(part, weight, EPS, enable_pdl=False).view(case.num_tokens, -1)
+                for part, weight in zip(heads, weights)
+            )
+        query, key = flashinfer.apply_rope_with_cos_sin_cache(
+            positions, query, key, d, cos_sin_cache
+        )
+        new = (key.view(heads[1].shape), heads[2], batch, positions)
+        flashinfer.append_paged_kv_cache(*new, cache, *where)
+        return (*cache, query.view(heads[0].shape))
+
     return Call(run, _wait)
 
 

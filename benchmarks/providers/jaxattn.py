@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
 from benchmarks.inputs import EPS, AttentionInputs, LoopInputs, appended, loop_config
 from benchmarks.timing import Call
 from jaxattn.generate import Requests, Sampling, State, decode_steps
@@ -24,11 +24,14 @@ def versions() -> dict[str, str]:
 
 
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
-    return {"jaxattn": lambda: make_call(case, inputs)}
+    calls = {"jaxattn": lambda: make_call(case, inputs)}
+    if isinstance(case, RopeAppend):
+        calls["jaxattn-separate"] = lambda: make_call(case, inputs, separate=True)
+    return calls
 
 
-def make_call(case: Case, x: Any, *, backend: str | None = None) -> Call:
-    """The op of a case, bound to its inputs."""
+def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool = False) -> Call:
+    """The op of a case, bound to its inputs; `separate`, by an op for each of its parts."""
     # XLA's fusions write to new buffers; made to write in place, it would copy the inputs first.
     update = out_of_place if backend == "xla" else in_place
     match case:
@@ -61,19 +64,25 @@ def make_call(case: Case, x: Any, *, backend: str | None = None) -> Call:
                 )
 
             return update(rope, (x.query, x.key), (x.positions, x.cos_sin_cache))
+        case RopeAppend():
+            op = _norm_rope_append if separate else _rope_append
+            step = functools.partial(op, case, backend)
+            rest = (x.qkv, x.norm_weights, x.batch_indices, x.positions, x.cos_sin_cache)
+            return in_place(step, x.cache.arrays, (*rest, x.pages.table))
         case Loop():
             return _decode_loop(case, x, backend)
     raise TypeError(f"no call for {type(case).__name__}")
 
 
 def in_place(fn: Callable[..., Any], updated: tuple[jax.Array, ...], rest: tuple[Any, ...]) -> Call:
-    """`fn(*updated, *rest)` writing its results over `updated`: donated, each call takes the last one's results."""
+    """`fn(*updated, *rest)` writing its first results over `updated`: donated, each call takes the last one's."""
     step = jax.jit(fn, donate_argnums=tuple(range(len(updated))))
     state = [jnp.copy(array) for array in updated]
 
     def run() -> tuple[jax.Array, ...]:
-        state[:] = step(*state, *rest)
-        return tuple(state)
+        outputs = step(*state, *rest)
+        state[:] = outputs[: len(state)]
+        return tuple(outputs)
 
     return Call(run)
 
@@ -84,6 +93,42 @@ def out_of_place(
     """`fn(*updated, *rest)`, its arguments left as they are."""
     step = jax.jit(fn)
     return Call(lambda: step(*updated, *rest))
+
+
+def _rope_append(case: RopeAppend, backend, k, v, qkv, weights, batch, positions, table, pages):
+    q_weight, k_weight = weights or (None, None)
+    q, cache = ja.rope_append_paged_kv_cache(
+        qkv,
+        batch,
+        positions,
+        table,
+        ja.PagedKVCache((k, v)),
+        pages,
+        q_norm_weight=q_weight,
+        k_norm_weight=k_weight,
+        eps=EPS,
+        backend=backend,
+    )
+    return (*cache.arrays, q)
+
+
+def _norm_rope_append(
+    case: RopeAppend, backend, k, v, qkv, weights, batch, positions, table, pages
+):
+    """`_rope_append` by the ops it is made of."""
+    t, h, kh, d = case.num_tokens, case.num_qo_heads, case.num_kv_heads, case.head_dim
+    parts = jnp.split(qkv, (h * d, (h + kh) * d), axis=1)
+    query, key, value = (x.reshape(t, -1, d) for x in parts)
+    if weights is not None:
+        query, key = (
+            ja.rmsnorm(x, weight, EPS, backend=backend) for x, weight in zip((query, key), weights)
+        )
+    query, key = ja.apply_rope_with_cos_sin_cache_inplace(
+        positions, query, key, d, table, backend=backend
+    )
+    cache = ja.PagedKVCache((k, v))
+    cache = ja.append_paged_kv_cache(key, value, batch, positions, cache, pages, backend=backend)
+    return (*cache.arrays, query)
 
 
 def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call:
