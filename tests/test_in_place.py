@@ -1,0 +1,145 @@
+"""In place is in place: programs compiled for an H200, which takes no GPU, copy no donated buffer."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import CONFIG
+
+import jaxattn as ja
+from benchmarks import compile_report as cr
+from jaxattn.models import llama
+
+bf16, i32 = jnp.bfloat16, jnp.int32
+T, D, PAGES, PAGE_SIZE, BATCH = 256, 128, 64, 16, 4
+
+
+def struct(*shape, dtype=bf16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def compile_for_h200(fn, donated, *args):
+    """(the optimised program's text, its memory analysis); skips where JAX cannot compile for one."""
+    try:
+        mesh = cr._target_mesh("h200")
+    except RuntimeError as error:
+        pytest.skip(f"{error}; and JAX_PLATFORMS=cpu where there is no GPU")
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args)
+    with jax.sharding.set_mesh(mesh):
+        lowered = jax.jit(fn, donate_argnums=donated).lower(*args)
+        # Matrix products are not what is tested; trying them out takes a GPU.
+        compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+    return compiled.as_text(), compiled.memory_analysis()
+
+
+def copied(text):
+    """Elements of each array that an instruction of the program copies, inside of fusions too."""
+    shapes = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:copy|copy-start)\(", text)
+    return [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+
+
+def cache(layout="NHD", combined=False):
+    return jax.eval_shape(
+        lambda: ja.PagedKVCache.zeros(
+            PAGES, PAGE_SIZE, 2, D, bf16, layout=layout, combined=combined
+        )
+    )
+
+
+TOKENS = (struct(T, dtype=i32), struct(T, dtype=i32))
+TABLE = struct(4096, D, dtype=jnp.float32)
+PAGE_TABLE = ja.PageTable(*(struct(n, dtype=i32) for n in (BATCH + 1, PAGES, BATCH)))
+HEADS, KV_HEADS = struct(T, 8, D), struct(T, 2, D)
+
+
+def norm(x, weight):
+    return ja.rmsnorm(x, weight, in_place=True)
+
+
+def rope(query, key, positions, table):
+    return ja.apply_rope_with_cos_sin_cache_inplace(positions, query, key, D, table)
+
+
+def rope_partly(query, key, positions, table):
+    return rope(query, key, positions, table[:, :64])
+
+
+OPS = {
+    "rmsnorm": (norm, (0,), struct(T, 4096), struct(4096)),
+    "fused_add_rmsnorm": (
+        ja.fused_add_rmsnorm, (0, 1), struct(T, 5120), struct(T, 5120), struct(5120)
+    ),
+    "rope": (rope, (0, 1), HEADS, KV_HEADS, TOKENS[0], TABLE),
+    "partial rope": (rope_partly, (0, 1), HEADS, KV_HEADS, TOKENS[0], TABLE),
+    "append": (ja.append_paged_kv_cache, (4,), KV_HEADS, KV_HEADS, *TOKENS, cache(), PAGE_TABLE),
+    "append, one array": (
+        ja.append_paged_kv_cache, (4,),
+        KV_HEADS, KV_HEADS, *TOKENS, cache("HND", combined=True), PAGE_TABLE,
+    ),
+    "rope_append": (
+        ja.rope_append_paged_kv_cache, (4,),
+        struct(T, 12 * D), *TOKENS, TABLE, cache("HND"), PAGE_TABLE,
+    ),
+    "rope_append, one array": (
+        ja.rope_append_paged_kv_cache, (4,),
+        struct(T, 12 * D), *TOKENS, TABLE, cache(combined=True), PAGE_TABLE,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_donated_buffers_are_not_copied(name):
+    fn, donated, *args = OPS[name]
+    text, memory = compile_for_h200(fn, donated, *args)
+    buffers = [x for i in donated for x in jax.tree.leaves(args[i])]
+    assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in buffers)
+    assert "jaxattn_" in text
+    assert not copied(text)
+
+
+def test_a_copy_would_be_seen():
+    """The donated buffer is used again after it was overwritten."""
+
+    def norm_and_more(x, weight):
+        return norm(x, weight) + x
+
+    text, _ = compile_for_h200(norm_and_more, (0,), struct(T, 4096), struct(4096))
+    assert T * 4096 in copied(text)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_model_copies_no_cache(decode):
+    config = dataclasses.replace(CONFIG, qk_norm=True, head_dim=64)
+    heads = dict(num_qo_heads=config.num_qo_heads, num_kv_heads=config.num_kv_heads)
+    t = BATCH if decode else T
+
+    def step(params, tokens, positions, batch_indices, page_table, caches, cos_sin_cache):
+        if decode:
+            plan = ja.plan_decode(page_table, page_size=PAGE_SIZE, **heads)
+        else:
+            indptr = jnp.arange(BATCH + 1, dtype=i32) * (t // BATCH)
+            plan = ja.plan_prefill(
+                indptr, page_table, page_size=PAGE_SIZE, num_qo_tokens=t, **heads
+            )
+        batch = llama.Batch(tokens, positions, batch_indices, page_table, plan)
+        run = llama.decode_step if decode else llama.prefill
+        return run(params, config, batch, caches, cos_sin_cache)
+
+    params = jax.tree.map(
+        lambda source: struct(
+            sum(shape[0] for _, shape in source.tensors), *source.tensors[0][1][1:]
+        ),
+        llama.sources(config),
+    )
+    caches = jax.eval_shape(lambda: llama.empty_caches(config, PAGES, PAGE_SIZE, bf16))
+    tokens = [struct(t, dtype=i32)] * 3
+    table = struct(256, 64, dtype=jnp.float32)
+    text, memory = compile_for_h200(step, (5,), params, *tokens, PAGE_TABLE, caches, table)
+    buffers = jax.tree.leaves(caches)
+    assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in buffers)
+    assert text.count("jaxattn_rope_append_paged_kv_cache") >= config.num_layers
+    assert buffers[0].size not in copied(text)
