@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +160,24 @@ def test_a_round_that_lost_kernels_does_not_count():
 def test_lost_kernels_are_an_error():
     with pytest.raises(RuntimeError, match="fake saw 0 kernels of a"):
         timing.kernel_times({"a": Call(lambda: None)}, "fake", lambda call: [])
+
+
+def test_laps_by_the_clock_take_turns_and_last_long_enough(monkeypatch):
+    monkeypatch.setattr(timing, "MIN_REPEAT_SECONDS", 0.05)
+    ran = []
+
+    def run(name, seconds):
+        ran.append(name)
+        time.sleep(seconds)
+
+    calls = {name: Call(lambda n=name, s=s: run(n, s)) for name, s in (("a", 1e-3), ("b", 2e-3))}
+    times = timing.wall_times(calls, repeats=2)
+    laps = [(name, len(list(group))) for name, group in itertools.groupby(ran)]
+    # One call and one short lap each come first; then as many steps for both as fill a lap of the faster.
+    names, steps = zip(*laps[-4:])
+    assert names == ("a", "b", "a", "b") and len(set(steps)) == 1
+    assert timing.MIN_STEPS < steps[0] <= 50
+    assert 1e3 <= times["a"].us < times["b"].us
 
 
 def test_loop_times_are_a_steps_by_clock_and_by_kernel():
