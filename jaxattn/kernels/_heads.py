@@ -1,4 +1,5 @@
-"""Heads of a block of tokens: where their rows lie, and their rotation (RoFormer, eq. 34)
+"""Heads of a block of tokens: how programs share them, where their rows lie, and their rotation
+(RoFormer, eq. 34)
 
     y1 = x1 cos - x2 sin,   y2 = x2 cos + x1 sin
 
@@ -15,6 +16,35 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.kernels._rows import Mask, Rows, both, pow2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block_tokens: int  # tokens of a program, a power of two
+    head_blocks: int  # programs that share the heads of a token, a power of two
+    num_warps: int
+
+
+def default_config(num_tokens: int, num_heads: Sequence[int], head_dim: int) -> Config:
+    """The tiles for heads of q, of k and, where it comes along, of v.
+
+    Microseconds on an H200, of rope unless they say rope_append; heads h/kh d head_dim.
+    """
+    token = pow2(sum(pow2(heads) for heads in num_heads)) * pow2(head_dim)
+    if num_tokens * token <= 2**21:
+        # Few tokens: spread, 1024 elements of q a program. 32/8 d128, against one program a token:
+        # 1 token 1.60 to 2.27, 128 tokens 2.43 to 3.04; rope_append 32 tokens 2.34 to 2.88, with
+        # norms 256 tokens 3.46 to 3.94; but by 512 elements 5.09. 8/1 d128, rope_append of 64 tokens:
+        # 2.14, two a program 2.40.
+        return Config(1, max(1, token // 2048), num_warps=4)
+    if token <= 2048:
+        # Few heads: several tokens a program. 4096 tokens 8/1 d128: 6.37, a token a program 7.10 to
+        # 7.26; rope_append with norms 8.35 to 8.99; with 4 warps 7.78 and 9.25.
+        return Config(8192 // token, 1, num_warps=2)
+    # 1024 elements of q a warp. 16384 tokens 32/8 d128: 86.5; 2 warps 92.4, 8 warps 96.5, two
+    # programs of 2 warps 89.5; rope_append 103.9; 112.7, 106.1, 110.5. 4096 tokens 64/8 d128: 39.3,
+    # one program of 4 warps 40.1; 32/8 d64: 12.1, 4 warps 13.6.
+    return Config(1, max(1, token // 8192), num_warps=4 if token > 4096 else 2)
 
 
 @dataclasses.dataclass(frozen=True)

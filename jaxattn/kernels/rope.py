@@ -10,31 +10,15 @@ Grid: (t / block_tokens * head_blocks): a program rotates a block of the query h
 the KV heads of a few tokens; the blocks of a token are neighbours and share its row of the table.
 """
 
-import dataclasses
 import functools
 
 import jax
 from jax.experimental import pallas as pl
 
-from jaxattn.kernels._heads import Heads, Rotary
+from jaxattn.kernels._heads import Heads, Rotary, default_config
 from jaxattn.kernels._launch import launch
 from jaxattn.kernels._paged_tile import divmod_by
-from jaxattn.kernels._rows import block_of, load, pow2
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    block_tokens: int  # tokens of a program, a power of two
-    head_blocks: int  # programs that share the heads of a token, a power of two
-    num_warps: int
-
-
-def default_config(num_tokens: int, num_heads: int, head_dim: int) -> Config:
-    """The tile for `num_heads` query heads, of which no more are KV heads."""
-    token = pow2(num_heads) * pow2(head_dim)
-    block_tokens = max(1, min(pow2(num_tokens), 2048 // token))
-    head_blocks = max(1, token // 8192)
-    return Config(block_tokens, head_blocks, num_warps=4)
+from jaxattn.kernels._rows import block_of, load
 
 
 def _rope_kernel(
@@ -83,7 +67,7 @@ def rope(
     """
     t, num_heads, d = query.shape
     rotary_dim = cos_sin_cache.shape[1]
-    config = default_config(t, max(num_heads, key.shape[1]), d)
+    config = default_config(t, (num_heads, key.shape[1]), d)
     rows = [x.reshape(-1, d) for x in (query, key)]
     rotated = launch(
         functools.partial(

@@ -13,7 +13,6 @@ Grid: (t / block_tokens * head_blocks): a program takes a block of the query hea
 KV heads of a few tokens.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -21,27 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxattn.kernels._heads import Heads, Rotary
+from jaxattn.kernels._heads import Heads, Rotary, default_config
 from jaxattn.kernels._launch import launch
 from jaxattn.kernels._page_slots import PageSlots, with_rows
 from jaxattn.kernels._paged_tile import divmod_by
-from jaxattn.kernels._rows import Rows, block_of, load, pow2
+from jaxattn.kernels._rows import Rows, block_of, load
 from jaxattn.kv_cache import PagedKVCache, PageTable
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    block_tokens: int  # tokens of a program, a power of two
-    head_blocks: int  # programs that share the heads of a token, a power of two
-    num_warps: int
-
-
-def default_config(num_tokens: int, num_heads: int, head_dim: int) -> Config:
-    """The tile for `num_heads` query heads, of which no more are KV heads."""
-    token = pow2(num_heads) * pow2(head_dim)
-    block_tokens = max(1, min(pow2(num_tokens), 2048 // token))
-    head_blocks = max(1, token // 8192)
-    return Config(block_tokens, head_blocks, num_warps=4)
 
 
 def _rope_append_kernel(
@@ -121,7 +105,7 @@ def rope_append(
     t, width = qkv.shape
     d, num_kv_heads = cache.head_dim, cache.num_kv_heads
     num_heads = width // d - 2 * num_kv_heads
-    config = default_config(t, max(num_heads, num_kv_heads), d)
+    config = default_config(t, (num_heads, num_kv_heads, num_kv_heads), d)
     weights = [weight.reshape(1, d) for weight in norm_weights or ()]
     rows = [x.reshape(-1, d) for x in cache.arrays]
     inputs = [
