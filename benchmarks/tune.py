@@ -37,7 +37,10 @@ _ATTENTION: dict[str, tuple[Any, ...]] = dict(
     pages_ahead=(False, True),
 )
 _NORM: dict[str, tuple[Any, ...]] = dict(
-    block_rows=(1, 2, 4), block=(512, 1024, 2048, 4096), kept_tiles=(4, 8), num_warps=(2, 4, 8, 16)
+    block_rows=(1, 4, 8),
+    block=(256, 512, 1024, 2048, 4096),
+    kept_tiles=(4, 10),
+    num_warps=(1, 2, 4, 8, 16),
 )
 _HEADS: dict[str, tuple[Any, ...]] = dict(
     block_tokens=(1, 2, 4, 8), head_blocks=(1, 2, 4, 8), num_warps=(1, 2, 4, 8)
