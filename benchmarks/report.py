@@ -15,6 +15,7 @@ COLUMNS = {
     "jaxattn": "jaxattn",
     "jaxattn-separate": "jaxattn, an op each",
     "flashinfer": "FlashInfer",
+    "flashinfer-fused": "FlashInfer, one kernel",
     "flashinfer-cuda-cores": "FlashInfer, CUDA cores",
     "flashinfer-tensor-cores": "FlashInfer, tensor cores",
     "flashinfer-fa2": "FlashInfer FA2",

@@ -17,6 +17,7 @@ from benchmarks.inputs import EPS, AttentionInputs
 from benchmarks.timing import Call
 
 WORKSPACE_BYTES = 512 * 2**20
+FUSED_HEADS = ((8, 1), (64, 8))  # of 128: those its one kernel from projection to cache is made for
 
 
 def versions() -> dict[str, str]:
@@ -27,7 +28,10 @@ def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
     if jax.default_backend() != "gpu" or isinstance(case, Loop):
         return {}
     if not isinstance(case, Attention):
-        return {"flashinfer": lambda: _call(case, inputs)}
+        calls = {"flashinfer": lambda: _call(case, inputs)}
+        if isinstance(case, RopeAppend) and _has_fused(case):
+            calls["flashinfer-fused"] = lambda: _fused_rope_append(case, inputs)
+        return calls
     make = {"decode": _decode, "decode_step": _decode_step, "prefill": _prefill}[case.op]
     choices = ("fa2", "fa3") if case.op == "prefill" else ("cuda-cores", "tensor-cores")
     return {
@@ -82,7 +86,7 @@ def _call(case: Case, x: Any) -> Call:
 
 
 def _rope_append(case: RopeAppend, x: Any) -> Call:
-    """By the ops it has for it: q, k and v are views of the projection, and need not be cut out of it."""
+    """By the ops it has for any heads: q, k and v are views of the projection, and need not be cut out of it."""
     h, kh, d = case.num_qo_heads, case.num_kv_heads, case.head_dim
     qkv, cache = _torch(x.qkv).clone(), tuple(_torch(pages).clone() for pages in x.cache.arrays)
     q, k, v = qkv.split((h * d, kh * d, kh * d), dim=1)
@@ -105,6 +109,42 @@ def _rope_append(case: RopeAppend, x: Any) -> Call:
         new = (key.view(heads[1].shape), heads[2], batch, positions)
         flashinfer.append_paged_kv_cache(*new, cache, *where)
         return (*cache, query.view(heads[0].shape))
+
+    return Call(run, _wait)
+
+
+def _has_fused(case: RopeAppend) -> bool:
+    heads = (case.num_qo_heads, case.num_kv_heads)
+    return heads in FUSED_HEADS and case.head_dim == 128 and case.dtype == "bfloat16"
+
+
+def _fused_rope_append(case: RopeAppend, x: Any) -> Call:
+    """By the kernel that it generates for some heads, for few tokens; it wants float32 weights."""
+    qkv, cache = _torch(x.qkv), tuple(_torch(pages).clone() for pages in x.cache.arrays)
+    q_weight, k_weight = [_torch(weight).float() for weight in x.norm_weights or ()] or (None, None)
+    block_table = _torch(x.pages.table.indices).reshape(case.batch, -1)
+    kv_lens = torch.full((case.batch,), case.kv_len, dtype=torch.int32, device="cuda")
+    qo_indptr = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda") * case.new
+    query = torch.empty(
+        (case.num_tokens, case.num_qo_heads, case.head_dim), dtype=qkv.dtype, device="cuda"
+    )
+    where = (_torch(x.cos_sin_cache), kv_lens, qo_indptr, block_table)
+
+    def run():
+        flashinfer.rope.cake_fused_qk_rmsnorm_rope_append_paged_kv_cache(
+            qkv,
+            *where,
+            *cache,
+            num_q_heads=case.num_qo_heads,
+            num_kv_heads=case.num_kv_heads,
+            qk_norm_policy=2 if x.norm_weights else 0,  # 2: before the rotation
+            q_norm_weight=q_weight,
+            k_norm_weight=k_weight,
+            eps=EPS,
+            out_q=query,
+            clear_unused_last_page_rows=False,
+        )
+        return (*cache, query)
 
     return Call(run, _wait)
 
