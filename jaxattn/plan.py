@@ -4,13 +4,13 @@ Attention work is a list of tiles, each up to `block_rows` packed rows (query to
 of one request. A tile whose keys exceed a fair share of the batch's total is split along its keys, so that any mix
 of lengths fills the GPU (FlashDecoding; Stream-K's fair share). With `fill` work items needed to fill it,
 
-    share = ceil(total keys / fill),   splits of a tile = ceil(its keys / share)
+    share = total keys / fill,   splits of a tile = its keys / share, rounded, at least 1
 
-never makes more than `num_tiles + fill` items, of which fewer than `2 * fill` belong to split tiles and fewer than
-`fill` tiles are split. These bounds come from shapes alone, so the contents of the index arrays are free: other
-lengths never recompile. Nothing is read on the host.
+never makes more than `num_tiles + fill` items, of which at most `4 / 3 * fill` belong to split tiles. These bounds come
+from shapes alone, so the contents of the index arrays are free: other lengths never recompile. Nothing is read on the
+host.
 
-Axes: b requests, t query tokens, w work items, m merges.
+Axes: b requests, t query tokens, w work items.
 """
 
 import dataclasses
@@ -25,10 +25,13 @@ from jaxattn.device import num_sms as default_num_sms
 from jaxattn.kv_cache import PageTable
 
 KV_BLOCK = 128  # keys; splits are cut at multiples of it, which every kernel tile divides
-MIN_ROWS, MAX_ROWS = 16, 64  # of a tile; 16 is the least that tensor cores take
-# Work items that fill a streaming multiprocessor. H200, 64 x 64 tiles: 2 programs fit at once. 16-row tiles
-# (decode): 4 was best; 2 lost 9% on 32 x 4096, 6 lost 10-20% to a second, partial wave.
-ITEMS_PER_SM = {16: 4, 32: 2, 64: 2}
+MIN_ROWS, MAX_DECODE_ROWS, MAX_ROWS = (
+    16,
+    64,
+    128,
+)  # of a tile; 16 is the least that tensor cores take
+MAX_FEW_ROWS = 32  # tiles up to here only wait for memory
+MIN_BLOCKS = 4  # of a split, unless its tile has fewer: merging costs as much as they do
 
 
 class WorkItem(NamedTuple):
@@ -43,16 +46,9 @@ class WorkItem(NamedTuple):
     page_start: Array  # the request's first entry in page_indices; its first contiguous key
     kv_begin: Array  # the item's keys are kv_begin .. kv_end - 1
     kv_end: Array
-    slot: Array  # of its partial attention state; -1: it is a whole tile and writes the output
-
-
-class Merge(NamedTuple):
-    """A split tile, whose partial states merge into the output. All int32."""
-
-    row_begin: Array
-    row_end: Array
-    slot: Array  # of the first of the tile's partial states
-    num_states: Array  # partial states of the tile; 0 in unused entries
+    split: Array  # which of the tile's splits it is
+    num_splits: Array  # of the tile; with 1 it writes the output
+    slot: Array  # where the tile's num_splits partial attention states begin
 
 
 @jax.tree_util.register_dataclass
@@ -64,29 +60,24 @@ class DecodePlan:
       page_indices: int32 [capacity], page ids of all requests.
       page_start: int32 [b], each request's first entry in page_indices.
       kv_len: int32 [b], keys of each request.
-      items: int32 [w, 7], a `WorkItem` a row.
-      merges: int32 [m, 4], a `Merge` a row.
+      items: int32 [w, 9], a `WorkItem` a row.
     """
 
     page_indices: Array
     page_start: Array
     kv_len: Array
     items: Array
-    merges: Array
     page_size: int = dataclasses.field(metadata=dict(static=True))
     num_qo_heads: int = dataclasses.field(metadata=dict(static=True))
     num_kv_heads: int = dataclasses.field(metadata=dict(static=True))
     block_rows: int = dataclasses.field(metadata=dict(static=True))
+    programs_per_sm: int = dataclasses.field(metadata=dict(static=True))  # meant to run at once
+    num_slots: int = dataclasses.field(metadata=dict(static=True))  # capacity for partial states
     causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @property
     def batch_size(self) -> int:
         return self.kv_len.shape[0]
-
-    @property
-    def num_slots(self) -> int:
-        """Capacity for partial states."""
-        return 2 * self.merges.shape[0]
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +89,7 @@ class PrefillPlan:
       qo_indptr: int32 [b + 1], query tokens of request i are `qo_indptr[i]:qo_indptr[i + 1]`.
       page_indices: int32 [capacity]; None for contiguous keys.
       page_start: int32 [b], each request's first entry in page_indices, or its first row of contiguous keys.
-      kv_len, items, merges: as in `DecodePlan`.
+      kv_len, items: as in `DecodePlan`.
     """
 
     qo_indptr: Array
@@ -106,22 +97,18 @@ class PrefillPlan:
     page_start: Array
     kv_len: Array
     items: Array
-    merges: Array
     page_size: int = dataclasses.field(metadata=dict(static=True))
     num_qo_tokens: int = dataclasses.field(metadata=dict(static=True))
     num_qo_heads: int = dataclasses.field(metadata=dict(static=True))
     num_kv_heads: int = dataclasses.field(metadata=dict(static=True))
     block_rows: int = dataclasses.field(metadata=dict(static=True))
+    programs_per_sm: int = dataclasses.field(metadata=dict(static=True))  # meant to run at once
+    num_slots: int = dataclasses.field(metadata=dict(static=True))  # capacity for partial states
     causal: bool = dataclasses.field(metadata=dict(static=True))
 
     @property
     def batch_size(self) -> int:
         return self.kv_len.shape[0]
-
-    @property
-    def num_slots(self) -> int:
-        """Capacity for partial states."""
-        return 2 * self.merges.shape[0]
 
 
 def plan_decode(
@@ -130,6 +117,8 @@ def plan_decode(
     page_size: int,
     num_qo_heads: int,
     num_kv_heads: int,
+    fixed_split_size: int | None = None,
+    disable_split_kv: bool = False,
     num_sms: int | None = None,
 ) -> DecodePlan:
     """Plans one decode step: each request attends with one query token to all its keys.
@@ -138,6 +127,9 @@ def plan_decode(
       page_table: the pages of b requests; shapes fix capacities, contents are free.
       page_size: tokens a page.
       num_qo_heads, num_kv_heads: heads of q and of the cache (of one shard, under shard_map).
+      fixed_split_size: cut the keys of every request into splits of so many pages. A request's output is then
+        bitwise the same whatever the batch around it; without it, splits depend on the batch's lengths.
+      disable_split_kv: never split: one program a request and KV head.
       num_sms: multiprocessors to fill; default: the device's.
 
     Returns:
@@ -149,9 +141,10 @@ def plan_decode(
     page_table.check()
     check_positive(page_size=page_size)
     check_heads(num_qo_heads, num_kv_heads)
+    _check_split(fixed_split_size, disable_split_kv)
     page_table = _with_pages(page_table)
     group = num_qo_heads // num_kv_heads
-    block_rows = min(max(MIN_ROWS, 1 << (group - 1).bit_length()), MAX_ROWS)
+    block_rows = min(max(MIN_ROWS, 1 << (group - 1).bit_length()), MAX_DECODE_ROWS)
     kv_len = page_table.kv_len(page_size)
     page_start = page_table.indptr[:-1]
     # A request is one tile, or several where its group is larger than a tile.
@@ -159,19 +152,29 @@ def plan_decode(
     row = (first + jnp.arange(0, group, block_rows, dtype=jnp.int32)[None, :]).ravel()
     request = row // group
     row_end = jnp.minimum(row + block_rows, (request + 1) * group)
-    zeros = jnp.zeros_like(row)
-    tile = WorkItem(row, row_end, zeros, page_start[request], zeros, kv_len[request], zeros)
-    items, merges = _split(tile, _fill(block_rows, num_kv_heads, num_sms))
+    tile = _Tile(row, row_end, jnp.zeros_like(row), page_start[request], kv_len[request])
+    tiles_per_request = row.size // page_table.batch_size
+    num_sms = num_sms or default_num_sms()
+    fixed = fixed_split_size is not None
+    programs_per_sm = _programs_per_sm(block_rows, row.size * num_kv_heads, num_sms, fixed)
+    items, num_slots = _work_list(
+        tile,
+        -(-programs_per_sm * num_sms // num_kv_heads),
+        0 if disable_split_kv else fixed_split_size and fixed_split_size * page_size,
+        # A full split takes as many pages of the table; each tile has at most one that is not full.
+        row.size + tiles_per_request * (page_table.indices.size // (fixed_split_size or 1)),
+    )
     return DecodePlan(
         page_table.indices,
         page_start,
         kv_len,
         items,
-        merges,
         page_size=page_size,
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         block_rows=block_rows,
+        programs_per_sm=programs_per_sm,
+        num_slots=num_slots,
     )
 
 
@@ -184,6 +187,8 @@ def plan_prefill(
     num_qo_heads: int,
     num_kv_heads: int,
     causal: bool = True,
+    fixed_split_size: int | None = None,
+    disable_split_kv: bool = False,
     num_sms: int | None = None,
 ) -> PrefillPlan:
     """Plans a prefill or append: ragged query tokens against paged keys that already hold these tokens.
@@ -195,6 +200,7 @@ def plan_prefill(
       num_qo_tokens: rows of q; those from qo_indptr[b] on give 0 and lse -inf.
       num_qo_heads, num_kv_heads: heads of q and of the cache (of one shard, under shard_map).
       causal: query i of a request sees keys 0 .. kv_len - qo_len + i; otherwise all kv_len keys.
+      fixed_split_size, disable_split_kv: as for `plan_decode`.
       num_sms: multiprocessors to fill; default: the device's.
 
     Returns:
@@ -217,6 +223,8 @@ def plan_prefill(
         num_qo_heads,
         num_kv_heads,
         causal,
+        fixed_split_size,
+        disable_split_kv,
         num_sms,
     )
 
@@ -229,6 +237,7 @@ def plan_ragged_prefill(
     num_qo_heads: int,
     num_kv_heads: int,
     causal: bool = True,
+    disable_split_kv: bool = False,
     num_sms: int | None = None,
 ) -> PrefillPlan:
     """As `plan_prefill`, against contiguous keys: those of request i are rows `kv_indptr[i]:kv_indptr[i + 1]`.
@@ -250,6 +259,8 @@ def plan_ragged_prefill(
         num_qo_heads,
         num_kv_heads,
         causal,
+        None,
+        disable_split_kv,
         num_sms,
     )
 
@@ -264,9 +275,12 @@ def _plan_prefill(
     num_qo_heads: int,
     num_kv_heads: int,
     causal: bool,
+    fixed_split_size: int | None,
+    disable_split_kv: bool,
     num_sms: int | None,
 ) -> PrefillPlan:
     check_heads(num_qo_heads, num_kv_heads)
+    _check_split(fixed_split_size, disable_split_kv)
     if num_qo_tokens != 0:
         check_positive(num_qo_tokens=num_qo_tokens)
     batch = kv_len.shape[0]
@@ -290,24 +304,43 @@ def _plan_prefill(
         last_token = (row_end - 1) // group
         kv_end = jnp.clip(last_token + causal_offset, 0, kv_end)
     kv_end = jnp.where(used, kv_end, 0)
-    tile = WorkItem(
-        row_begin, row_end, causal_offset, start[request], jnp.zeros_like(kv_end), kv_end, row_begin
+    tile = _Tile(row_begin, row_end, causal_offset, start[request], kv_end)
+    num_sms = num_sms or default_num_sms()
+    fixed = fixed_split_size is not None
+    programs_per_sm = _programs_per_sm(block_rows, capacity * num_kv_heads, num_sms, fixed)
+    items, num_slots = _work_list(
+        tile,
+        -(-programs_per_sm * num_sms // num_kv_heads),
+        0 if disable_split_kv else fixed_split_size and fixed_split_size * page_size,
+        # Any tile may be of the one request that has all pages.
+        0 if page_indices is None else capacity * -(-page_indices.size // (fixed_split_size or 1)),
+        # A request's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
+        backwards=block_rows > MAX_FEW_ROWS,
     )
-    items, merges = _split(tile, _fill(block_rows, num_kv_heads, num_sms))
     return PrefillPlan(
         qo_indptr,
         page_indices,
         page_start,
         kv_len,
         items,
-        merges,
         page_size=page_size,
         num_qo_tokens=num_qo_tokens,
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         block_rows=block_rows,
+        programs_per_sm=programs_per_sm,
+        num_slots=num_slots,
         causal=causal,
     )
+
+
+def _check_split(fixed_split_size: int | None, disable_split_kv: bool) -> None:
+    if fixed_split_size is not None:
+        check_positive(fixed_split_size=fixed_split_size)
+        if disable_split_kv:
+            raise ValueError(
+                f"{fixed_split_size=} asks for splits and {disable_split_kv=} for none: choose one"
+            )
 
 
 def _with_pages(page_table: PageTable) -> PageTable:
@@ -319,47 +352,92 @@ def _with_pages(page_table: PageTable) -> PageTable:
     return dataclasses.replace(page_table, indices=jnp.zeros(1, jnp.int32))
 
 
-def _fill(block_rows: int, num_kv_heads: int, num_sms: int | None) -> int:
-    """Work items (each a program a KV head) that fill the GPU."""
-    programs = ITEMS_PER_SM[block_rows] * (num_sms or default_num_sms())
-    return -(-programs // num_kv_heads)
+def _programs_per_sm(block_rows: int, whole_programs: int, num_sms: int, fixed_splits: bool) -> int:
+    """How many programs to run on a multiprocessor at once.
+
+    Two that load two tiles of keys at a time; or, for tiles of few rows, four that load one, unless the programs of
+    whole tiles are too few to fill the GPU. Fixed splits always have four: a request must not see the batch around it.
+    """
+    if block_rows > MAX_FEW_ROWS or whole_programs <= num_sms and not fixed_splits:
+        return 2
+    return 4
 
 
-def _expand(counts: Array, capacity: int) -> tuple[Array, Array, Array]:
-    """Lists `counts[i]` entries for each i: (i, its number among them, whether the entry is used), [capacity]."""
+def _expand(counts: Array, capacity: int, backwards: bool = False) -> tuple[Array, Array, Array]:
+    """Lists `counts[i]` entries for each i: (i, its number among them, whether the entry is used), [capacity].
+
+    Those that are used come first, `backwards` in descending order.
+    """
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     entry = jnp.arange(capacity, dtype=jnp.int32)
-    owner = jnp.repeat(
-        jnp.arange(counts.size, dtype=jnp.int32), counts, total_repeat_length=capacity
-    )
-    return owner, entry - (ends - counts)[owner], entry < ends[-1]
+    used = entry < ends[-1]
+    entry = jnp.where(used, ends[-1] - 1 - entry if backwards else entry, 0)
+    # Unrolled, the search is one kernel with the gathers that follow it.
+    owner = jnp.searchsorted(ends, entry, side="right", method="scan_unrolled").astype(jnp.int32)
+    owner = jnp.where(used, owner, 0)
+    return owner, entry - (ends - counts)[owner], used
 
 
-def _split(tile: WorkItem, fill: int) -> tuple[Array, Array]:
-    """Splits tiles, whole ones in `tile`, along their keys: (items [w, 7], merges [m, 4])."""
-    num_tiles = tile.kv_end.size
-    blocks = -(-tile.kv_end // KV_BLOCK)
-    share = jnp.maximum(-(-blocks.sum(dtype=jnp.int32) // fill), 1)
-    splits = jnp.maximum(-(-blocks // share), 1)
+class _Tile(NamedTuple):
+    """A tile before it is split; fields as in `WorkItem`."""
+
+    row_begin: Array
+    row_end: Array
+    causal_offset: Array
+    page_start: Array
+    kv_end: Array
+
+
+def _fair_splits(kv_end: Array, fill: int) -> tuple[Array, Array]:
+    """The splits of each tile, and the keys of a split, where `fill` items share the keys fairly."""
+    blocks = -(-kv_end // KV_BLOCK)
+    share = jnp.maximum(-(-blocks.sum(dtype=jnp.int32) // fill), MIN_BLOCKS)
+    # Rounded: a second split for the little that exceeds a share would cost more than it saves.
+    splits = jnp.maximum((2 * blocks + share) // (2 * share), 1)
     # Even pieces; rounding them to whole blocks may need one fewer.
     piece = jnp.maximum(-(-blocks // splits), 1)
-    splits = jnp.maximum(-(-blocks // piece), 1)
+    return jnp.maximum(-(-blocks // piece), 1), piece * KV_BLOCK
 
-    owner, nth, used = _expand(splits, num_tiles + fill)
-    split = splits > 1
-    partials = jnp.where(split, splits, 0)
-    first_slot = jnp.cumsum(partials, dtype=jnp.int32) - partials
-    kv_begin = nth * (piece * KV_BLOCK)[owner]
-    item = WorkItem(*(field[owner] for field in tile))._replace(
-        kv_begin=kv_begin,
-        kv_end=jnp.minimum(kv_begin + (piece * KV_BLOCK)[owner], tile.kv_end[owner]),
-        slot=jnp.where(split[owner], first_slot[owner] + nth, -1),
+
+def _work_list(
+    tile: _Tile, fill: int, split_size: int | None, max_splits: int, backwards: bool = False
+) -> tuple[Array, int]:
+    """The items int32 [w, 9] of some tiles, and the capacity for partial states that they need.
+
+    Args:
+      tile: the tiles; int32 [any] each.
+      fill: items that fill the GPU, where `split_size` is None.
+      split_size: keys of a split, fixed; 0: tiles stay whole.
+      max_splits: splits of all tiles together, at most, where the size is fixed.
+      backwards: list the last tile first.
+    """
+    num_tiles = tile.kv_end.size
+    if split_size is None:
+        splits, piece = _fair_splits(tile.kv_end, fill)
+        capacity, num_slots = num_tiles + fill, -(-4 * fill // 3)
+    elif split_size:
+        splits = jnp.maximum(-(-tile.kv_end // split_size), 1)
+        piece = jnp.full_like(splits, split_size)
+        capacity = num_slots = max_splits
+    else:
+        splits, piece = jnp.ones_like(tile.kv_end), tile.kv_end
+        capacity, num_slots = num_tiles, 0
+
+    owner, nth, used = _expand(splits, capacity, backwards)
+    partials = jnp.where(splits > 1, splits, 0)
+    slot = jnp.cumsum(partials, dtype=jnp.int32) - partials
+    item = WorkItem(
+        row_begin=tile.row_begin[owner],
+        row_end=tile.row_end[owner],
+        causal_offset=tile.causal_offset[owner],
+        page_start=tile.page_start[owner],
+        kv_begin=nth * piece[owner],
+        kv_end=jnp.minimum((nth + 1) * piece[owner], tile.kv_end[owner]),
+        split=nth,
+        num_splits=splits[owner],
+        slot=slot[owner],
     )
     # An unused item owns no rows and no keys, so that its program does nothing.
-    nothing = WorkItem(*(jnp.int32(x) for x in (0, 0, 0, 0, 0, 0, -1)))
+    nothing = WorkItem(*(jnp.int32(x) for x in (0, 0, 0, 0, 0, 0, 0, 1, 0)))
     item = jax.tree.map(lambda field, empty: jnp.where(used, field, empty), item, nothing)
-
-    which = jnp.nonzero(split, size=fill, fill_value=num_tiles)[0]
-    merge = Merge(tile.row_begin, tile.row_end, first_slot, partials)
-    merge = Merge(*(field.at[which].get(mode="fill", fill_value=0) for field in merge))
-    return jnp.stack(item, axis=1), jnp.stack(merge, axis=1)
+    return jnp.stack(item, axis=1), num_slots

@@ -70,12 +70,13 @@ OFF: dict[str, Any] = {
 
 # Compiled once for all wrappers.
 _HEADS = ("num_qo_heads", "num_kv_heads")
-_plan_decode = jax.jit(plan_decode, static_argnames=("page_size", *_HEADS))
+_SPLITS = ("fixed_split_size", "disable_split_kv")
+_plan_decode = jax.jit(plan_decode, static_argnames=("page_size", *_SPLITS, *_HEADS))
 
 
 _ROWS = ("num_qo_tokens", "causal", *_HEADS)
-_plan_prefill = jax.jit(plan_prefill, static_argnames=("page_size", *_ROWS))
-_plan_ragged_prefill = jax.jit(plan_ragged_prefill, static_argnames=_ROWS)
+_plan_prefill = jax.jit(plan_prefill, static_argnames=("page_size", *_SPLITS, *_ROWS))
+_plan_ragged_prefill = jax.jit(plan_ragged_prefill, static_argnames=("disable_split_kv", *_ROWS))
 
 
 @functools.partial(jax.jit, static_argnames=("op", "kv_layout", "sm_scale", "lse_base"))
@@ -388,8 +389,6 @@ class BatchDecodeWithPagedKVCacheWrapper(_BatchWrapper):
             window_left=window_left,
             window_right=window_right,
             logits_soft_cap=logits_soft_cap,
-            fixed_split_size=fixed_split_size,
-            disable_split_kv=disable_split_kv,
             q_len_per_req=q_len_per_req,
             is_causal=is_causal,
         )
@@ -400,8 +399,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_BatchWrapper):
         )
         table = self._fit_table("", indptr, indices, last_page_len, page_size)
         heads = dict(num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
+        splits = dict(fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv)
         self._keep(
-            lambda _: _plan_decode(table, page_size=page_size, **heads),
+            lambda _: _plan_decode(table, page_size=page_size, **splits, **heads),
             np.shape(last_page_len)[0],
             **heads,
             head_dim=head_dim,
@@ -645,8 +645,6 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchWrapper):
             token_pos_in_items_ptr=token_pos_in_items_ptr,
             token_pos_in_items_len=token_pos_in_items_len,
             max_item_len_ptr=max_item_len_ptr,
-            fixed_split_size=fixed_split_size,
-            disable_split_kv=disable_split_kv,
         )
         dtype = _dtype(q_data_type, kv_data_type, o_data_type)
         table = self._fit_table(
@@ -655,9 +653,16 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchWrapper):
         batch_size = np.shape(paged_kv_last_page_len)[0]
         qo_indptr = self._fit_indptr("qo_indptr", qo_indptr, batch_size)
         heads = dict(num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
+        splits = dict(fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv)
         self._keep(
             lambda rows: _plan_prefill(
-                qo_indptr, table, num_qo_tokens=rows, page_size=page_size, causal=causal, **heads
+                qo_indptr,
+                table,
+                num_qo_tokens=rows,
+                page_size=page_size,
+                causal=causal,
+                **splits,
+                **heads,
             ),
             _last(qo_indptr),
             **heads,
@@ -824,7 +829,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchWrapper):
             token_pos_in_items_len=token_pos_in_items_len,
             max_item_len_ptr=max_item_len_ptr,
             fixed_split_size=fixed_split_size,
-            disable_split_kv=disable_split_kv,
             v_indptr=v_indptr,
             o_indptr=o_indptr,
         )
@@ -835,7 +839,12 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchWrapper):
         heads = dict(num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
         self._keep(
             lambda rows: _plan_ragged_prefill(
-                qo_indptr, kv_indptr, num_qo_tokens=rows, causal=causal, **heads
+                qo_indptr,
+                kv_indptr,
+                num_qo_tokens=rows,
+                causal=causal,
+                disable_split_kv=disable_split_kv,
+                **heads,
             ),
             _last(qo_indptr),
             **heads,

@@ -22,7 +22,7 @@ def edge_lengths(page_size):
     return [0, 1, max(page_size - 1, 1), page_size, page_size + 1, 3 * page_size + 2, 700]
 
 
-def check_decode(paged, dtype, *, group, backend, sm_scale=None, scale=1.0):
+def check_decode(paged, dtype, *, group, backend, sm_scale=None, scale=1.0, **splits):
     cache, kh, d = paged.cache, paged.cache.num_kv_heads, paged.cache.head_dim
     b = len(paged.k)
     q = rounded(
@@ -32,7 +32,7 @@ def check_decode(paged, dtype, *, group, backend, sm_scale=None, scale=1.0):
     @jax.jit
     def decode(q, cache, table):
         plan = ja.plan_decode(
-            table, page_size=cache.page_size, num_qo_heads=kh * group, num_kv_heads=kh
+            table, page_size=cache.page_size, num_qo_heads=kh * group, num_kv_heads=kh, **splits
         )
         return ja.paged_decode(q, cache, plan, sm_scale=sm_scale, return_lse=True, backend=backend)
 
@@ -49,7 +49,17 @@ def check_decode(paged, dtype, *, group, backend, sm_scale=None, scale=1.0):
 
 
 def check_prefill(
-    paged, qo_lens, dtype, *, group, backend, causal, padding=3, sm_scale=None, scale=1.0
+    paged,
+    qo_lens,
+    dtype,
+    *,
+    group,
+    backend,
+    causal,
+    padding=3,
+    sm_scale=None,
+    scale=1.0,
+    **splits,
 ):
     cache, kh, d = paged.cache, paged.cache.num_kv_heads, paged.cache.head_dim
     h, total = kh * group, sum(qo_lens)
@@ -68,6 +78,7 @@ def check_prefill(
             num_qo_heads=h,
             num_kv_heads=kh,
             causal=causal,
+            **splits,
         )
         return ja.paged_prefill(q, cache, plan, sm_scale=sm_scale, return_lse=True, backend=backend)
 
@@ -120,6 +131,75 @@ def test_decode(page_size, kh, group, head_dim, dtype, layout, combined, backend
         combined=combined,
     )
     check_decode(paged, dtype, group=group, backend=backend)
+
+
+# Many states a tile, more than are merged at once; tiles that fill no split; whole tiles.
+SPLITS = [dict(fixed_split_size=1), dict(fixed_split_size=7), dict(disable_split_kv=True)]
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("group,head_dim,dtype", [(4, 64, jnp.bfloat16), (7, 80, jnp.float32)])
+def test_splits(splits, group, head_dim, dtype):
+    paged = make_paged(edge_lengths(16), page_size=16, head_dim=head_dim, dtype=dtype)
+    check_decode(paged, dtype, group=group, backend="interpret", **splits)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_splits_of_prefill(splits):
+    paged = make_paged([0, 5, 100, 300], page_size=16)
+    how = dict(group=4, backend="interpret", causal=True, **splits)
+    check_prefill(paged, [2, 0, 50, 40], jnp.bfloat16, **how)
+
+
+def decode_among(lengths, *, page_size=16, kh=2, group=4, head_dim=64, backend, pages=4):
+    """(o, lse) of the first request, always the same one, in a batch of these lengths."""
+    longest = max(lengths)
+    rng = np.random.default_rng(7)
+    d = head_dim
+
+    def request(n, rng):
+        return [rng.standard_normal((n, kh, d), np.float32) for _ in range(2)]
+
+    own = np.random.default_rng(0)
+    rows = [request(lengths[0], own), *(request(n, rng) for n in lengths[1:])]
+    q = np.concatenate(
+        [
+            own.standard_normal((1, kh * group, d), np.float32),
+            rng.standard_normal((len(lengths) - 1, kh * group, d), np.float32),
+        ]
+    )
+    width = -(-longest // page_size)
+    block_table = rng.permutation(len(lengths) * width).reshape(len(lengths), width)
+    block_table = jnp.asarray(block_table, jnp.int32)
+    kv_len = jnp.asarray(lengths, jnp.int32)
+    table = ja.PageTable.from_block_table(block_table, kv_len, page_size)
+    cache = ja.PagedKVCache.zeros(len(lengths) * width, page_size, kh, d, jnp.bfloat16)
+    indptr = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
+    where = ja.get_batch_indices_positions(indptr, kv_len, sum(lengths))
+    k, v = (jnp.asarray(np.concatenate(x)).astype(jnp.bfloat16) for x in zip(*rows, strict=True))
+    cache = ja.append_paged_kv_cache(k, v, *where, cache, table)
+    plan = ja.plan_decode(
+        table,
+        page_size=page_size,
+        num_qo_heads=kh * group,
+        num_kv_heads=kh,
+        fixed_split_size=pages,
+    )
+    q = jnp.asarray(q).astype(jnp.bfloat16)
+    o, lse = ja.paged_decode(q, cache, plan, return_lse=True, backend=backend)
+    return o[0], lse[0]
+
+
+def check_batch_invariance(own, batches, **how):
+    alone = decode_among([own], **how)
+    for others in batches:
+        for got, want in zip(decode_among([own, *others], **how), alone, strict=True):
+            assert same_bits(got, want)
+
+
+def test_fixed_splits_do_not_see_the_batch():
+    """The same bits alone, among short requests and beside one that is much longer."""
+    check_batch_invariance(333, [[1, 64, 65], [900], [0] * 40], backend="interpret")
 
 
 PREFILL_CASES = [
@@ -692,6 +772,52 @@ def test_fp16_values_of_several_hundred_gpu():
 def test_skew_gpu():
     paged = make_paged([100_000, *[50] * 63], page_size=16, num_kv_heads=2, head_dim=128)
     check_decode(paged, jnp.bfloat16, group=4, backend=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group,kh,head_dim", [(1, 8, 128), (4, 8, 128), (8, 1, 64), (16, 2, 256)])
+def test_fixed_splits_do_not_see_the_batch_gpu(group, kh, head_dim):
+    check_batch_invariance(
+        5000,
+        [[100, 1, 20_000], [300] * 100],
+        backend=None,
+        group=group,
+        kh=kh,
+        head_dim=head_dim,
+        pages=32,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[100_000, *[50] * 63], [8192], [3000] * 40])
+def test_runs_give_the_same_bits_gpu(lengths):
+    """Whichever program of a tile comes last: a race would show in one of many runs."""
+    paged = make_paged(lengths, page_size=16, num_kv_heads=8, head_dim=128)
+    heads = dict(num_qo_heads=32, num_kv_heads=8)
+    plan = ja.plan_decode(paged.table, page_size=16, **heads)
+    q = jax.random.normal(jax.random.key(0), (len(lengths), 32, 128), jnp.bfloat16)
+    qo_lens = [min(n, 40) for n in lengths]
+    qo_indptr = jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32)
+    rows = jax.random.normal(jax.random.key(1), (sum(qo_lens), 32, 128), jnp.bfloat16)
+    prefill_plan = ja.plan_prefill(
+        qo_indptr, paged.table, page_size=16, num_qo_tokens=sum(qo_lens), **heads
+    )
+    for op, *args in ((ja.paged_decode, q, plan), (ja.paged_prefill, rows, prefill_plan)):
+        run = jax.jit(lambda q, plan, op=op: op(q, paged.cache, plan, return_lse=True))
+        first = run(*args)
+        for _ in range(50):
+            for got, want in zip(run(*args), first, strict=True):
+                assert same_bits(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [*SPLITS, dict(fixed_split_size=3)])
+def test_splits_gpu(splits):
+    paged = make_paged([*edge_lengths(16), 2500], page_size=16, num_kv_heads=8, head_dim=128)
+    check_decode(paged, jnp.bfloat16, group=4, backend=None, **splits)
+    qo_lens = [0, 1, 15, 10, 17, 50, 300, 200]
+    how = dict(group=4, backend=None, causal=True)
+    check_prefill(paged, qo_lens, jnp.bfloat16, **how, **splits)
 
 
 @pytest.mark.gpu

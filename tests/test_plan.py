@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import jaxattn as ja
-from jaxattn.plan import KV_BLOCK, Merge, WorkItem
+from jaxattn.plan import KV_BLOCK, MIN_BLOCKS, WorkItem
 
 NUM_SMS = 132
 DECODE_STATICS = ["page_size", "num_qo_heads", "num_kv_heads", "num_sms"]
+DECODE_STATICS += ["fixed_split_size", "disable_split_kv"]
 plan_decode = jax.jit(ja.plan_decode, static_argnames=DECODE_STATICS)
 plan_prefill = jax.jit(
     ja.plan_prefill, static_argnames=[*DECODE_STATICS, "num_qo_tokens", "causal"]
@@ -25,16 +26,14 @@ def table_of(kv_lens, page_size):
 
 
 def items_of(plan):
-    items = [WorkItem(*row) for row in np.asarray(plan.items)]
-    merges = [Merge(*row) for row in np.asarray(plan.merges)]
-    return items, merges
+    return [WorkItem(*row) for row in np.asarray(plan.items)]
 
 
-def check_coverage(plan, keys_of_row):
-    """The items of each tile cut the keys its rows see; split tiles, and only they, are merged."""
-    items, merges = items_of(plan)
+def check_coverage(plan, keys_of_row, split_size=None):
+    """The items of each tile cut the keys its rows see; partial states have slots of their own."""
     tiles = {}
-    for item in items:
+    for item in items_of(plan):
+        assert item.num_splits >= 1
         if item.row_end > item.row_begin:
             tiles.setdefault((item.row_begin, item.row_end), []).append(item)
     rows = sorted(r for begin, end in tiles for r in range(begin, end))
@@ -45,17 +44,14 @@ def check_coverage(plan, keys_of_row):
         pieces.sort(key=lambda item: item.kv_begin)
         assert pieces[0].kv_begin == 0
         for a, b in zip(pieces, pieces[1:], strict=False):
-            assert a.kv_end == b.kv_begin and a.kv_end > a.kv_begin and a.kv_end % KV_BLOCK == 0
+            assert a.kv_end == b.kv_begin and a.kv_end > a.kv_begin
+            assert a.kv_end % (split_size or KV_BLOCK) == 0
         assert pieces[-1].kv_end == max(keys_of_row[begin:end])
-        merge = [m for m in merges if (m.row_begin, m.row_end) == (begin, end) and m.num_states]
-        if len(pieces) == 1:
-            assert pieces[0].slot == -1 and not merge
-        else:
-            assert [p.slot for p in pieces] == list(
-                range(merge[0].slot, merge[0].slot + merge[0].num_states)
-            )
-            assert len(merge) == 1
-            slots += [p.slot for p in pieces]
+        assert [p.split for p in pieces] == list(range(len(pieces)))
+        assert {p.num_splits for p in pieces} == {len(pieces)}
+        assert len({p.slot for p in pieces}) == 1
+        if len(pieces) > 1:
+            slots += [p.slot + p.split for p in pieces]
     assert len(slots) == len(set(slots)) and all(0 <= s < plan.num_slots for s in slots)
 
 
@@ -86,16 +82,66 @@ def test_decode_plan(lengths, heads, kv_heads):
 
 @pytest.mark.parametrize("lengths", DECODE_LENGTHS.values(), ids=DECODE_LENGTHS.keys())
 def test_decode_plan_fills_the_gpu(lengths):
-    """No program has more than a fair share of the keys, rounded up to a block, whatever the mix."""
+    """No program has more than one and a half fair shares of the keys, and a block, whatever the mix."""
     kv_heads = 8
     plan = plan_decode(
         table_of(lengths, 1), page_size=1, num_qo_heads=32, num_kv_heads=kv_heads, num_sms=NUM_SMS
     )
-    fill = 4 * NUM_SMS / kv_heads
+    few = len(lengths) * kv_heads <= NUM_SMS
+    assert plan.programs_per_sm == (2 if few else 4)
+    fill = plan.programs_per_sm * NUM_SMS / kv_heads
     assert plan.items.shape[0] >= len(lengths) + fill
-    items, _ = items_of(plan)
-    longest = max(item.kv_end - item.kv_begin for item in items)
-    assert longest <= max(sum(lengths) / fill + 2 * KV_BLOCK, KV_BLOCK)
+    share = max(sum(-(-n // KV_BLOCK) for n in lengths) / fill, MIN_BLOCKS) + 1
+    longest = max(item.kv_end - item.kv_begin for item in items_of(plan))
+    assert longest <= (1.5 * share + 1) * KV_BLOCK
+
+
+@pytest.mark.parametrize("page_size,pages", [(1, 300), (16, 8), (16, 3), (256, 1)])
+@pytest.mark.parametrize("heads,kv_heads", [(8, 2), (71, 1)])
+def test_fixed_splits(page_size, pages, heads, kv_heads):
+    """Splits of so many pages; those of a request do not depend on the others."""
+    size = page_size * pages
+    lengths = [0, 1, size - 1, size, size + 1, 3 * size, 2 * size + 1, 5 * size]
+    how = dict(page_size=page_size, num_qo_heads=heads, num_kv_heads=kv_heads, num_sms=NUM_SMS)
+    plan = plan_decode(table_of(lengths, page_size), **how, fixed_split_size=pages)
+    check_coverage(plan, np.repeat(lengths, heads // kv_heads), size)
+    for item in items_of(plan):
+        if item.num_splits > 1:
+            assert item.kv_begin == item.split * size
+            assert item.kv_end - item.kv_begin == size or item.split == item.num_splits - 1
+    alone = plan_decode(table_of(lengths[-1:], page_size), **how, fixed_split_size=pages)
+    assert alone.programs_per_sm == plan.programs_per_sm
+    assert max(item.num_splits for item in items_of(alone)) == 5
+
+
+def test_fixed_splits_of_prefill():
+    qo_lens, kv_lens = [40, 1, 200], [300, 64, 210]
+    plan = plan_prefill(
+        jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32),
+        table_of(kv_lens, 16),
+        page_size=16,
+        num_qo_tokens=sum(qo_lens),
+        num_qo_heads=4,
+        num_kv_heads=2,
+        num_sms=NUM_SMS,
+        fixed_split_size=4,
+    )
+    keys = [np.arange(kv - qo + 1, kv + 1) for qo, kv in zip(qo_lens, kv_lens, strict=True)]
+    check_coverage(plan, np.repeat(np.concatenate(keys), 2), 64)
+    assert max(item.num_splits for item in items_of(plan)) == 5
+
+
+def test_no_splits():
+    plan = plan_decode(
+        table_of([100_000, 5], 16),
+        page_size=16,
+        num_qo_heads=8,
+        num_kv_heads=2,
+        num_sms=NUM_SMS,
+        disable_split_kv=True,
+    )
+    check_coverage(plan, np.repeat([100_000, 5], 4))
+    assert plan.num_slots == 0 and all(item.num_splits == 1 for item in items_of(plan))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -197,6 +243,8 @@ def test_random_lengths_stay_within_capacities():
         (dict(num_qo_tokens=-1), ValueError, "num_qo_tokens must be a positive integer"),
         (dict(qo_indptr=jnp.zeros(2, jnp.int32)), ValueError, r"qo_indptr must have shape \[3\]"),
         (dict(qo_indptr=jnp.zeros(3)), TypeError, r"qo_indptr must be int32; got float32"),
+        (dict(fixed_split_size=0), ValueError, "fixed_split_size must be a positive integer"),
+        (dict(fixed_split_size=2, disable_split_kv=True), ValueError, "choose one"),
     ],
 )
 def test_plan_errors(change, error, message):

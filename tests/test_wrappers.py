@@ -9,6 +9,7 @@ import pytest
 from helpers import assert_lse, assert_rivals, dense_batch, make_paged, rounded, same_bits
 
 import jaxattn as ja
+from jaxattn.plan import WorkItem
 
 GROUP, NUM_KV_HEADS, HEAD_DIM = 2, 2, 64
 NUM_QO_HEADS = GROUP * NUM_KV_HEADS
@@ -119,6 +120,28 @@ def test_paged(page_size, layout, combined, metadata, dtype, lse_base, causal):
     prefill.plan(to(qo_indptr), *table, *HEADS, page_size, causal=causal, q_data_type=dtype)
     result = prefill.run_return_lse(q_array, data, lse_base=lse_base)
     check(result, np.split(q, qo_indptr[1:-1]), paged.k, paged.v, causal=causal, **how)
+
+
+@pytest.mark.parametrize("splits", [dict(fixed_split_size=1), dict(disable_split_kv=True)])
+def test_splits(splits):
+    """They reach the plans; what they do there is tested with these."""
+    kv_lens = [3, 0, 40, 16]
+    paged, data = paged_case(kv_lens, 16, "NHD", False, "bfloat16")
+    qo_indptr = indptr_of(kv_lens)
+    how = dict(q_data_type="bfloat16", **splits)
+    decode = ja.BatchDecodeWithPagedKVCacheWrapper(None)
+    decode.plan(*table_of(paged), *HEADS, 16, **how)
+    prefill = ja.BatchPrefillWithPagedKVCacheWrapper(None)
+    prefill.plan(qo_indptr, *table_of(paged), *HEADS, 16, causal=True, **how)
+    wrappers = [decode, prefill]
+    if "disable_split_kv" in splits:
+        ragged = ja.BatchPrefillWithRaggedKVCacheWrapper(None)
+        ragged.plan(qo_indptr, qo_indptr, *HEADS, causal=True, **how)
+        wrappers.append(ragged)
+    for wrapper in wrappers:
+        _, plan = wrapper._planned.made
+        splits_of_a_tile = np.asarray(plan.items)[:, WorkItem._fields.index("num_splits")]
+        assert splits_of_a_tile.max() == (1 if "disable_split_kv" in splits else 3)
 
 
 def test_plan_again():
@@ -439,8 +462,6 @@ EVERY_PLAN_ERROR = [
     (dict(pos_encoding_mode="ALIBI"), NOT_BUILT, "pos_encoding_mode='ALIBI'"),
     (dict(window_left=5), NOT_BUILT, "window_left=5"),
     (dict(logits_soft_cap=30.0), NOT_BUILT, "logits_soft_cap=30.0"),
-    (dict(fixed_split_size=4), NOT_BUILT, "fixed_split_size=4"),
-    (dict(disable_split_kv=True), NOT_BUILT, "disable_split_kv=True"),
     (dict(q_data_type="float8_e4m3fn"), NOT_BUILT, "q_data_type='float8_e4m3fn'"),
     (dict(kv_data_type=jnp.float8_e5m2), NOT_BUILT, "kv_data_type='float8_e5m2'"),
     (dict(kv_data_type="bfloat16"), NOT_BUILT, "mixed dtypes .* kv_data_type='bfloat16'"),
@@ -482,6 +503,9 @@ PLAN_ERRORS = [
     *((prefill_wrapper, *case) for case in EVERY_PLAN_ERROR + MASK_ERRORS),
     *((ragged_wrapper, *case) for case in EVERY_PLAN_ERROR + MASK_ERRORS),
     (ragged_wrapper, dict(kv_indptr=[0, 3, 2]), ValueError, "kv_indptr must start at 0"),
+    (decode_wrapper, dict(fixed_split_size=0), ValueError, "fixed_split_size must be a positive"),
+    (prefill_wrapper, dict(fixed_split_size=0), ValueError, "fixed_split_size must be a positive"),
+    (ragged_wrapper, dict(fixed_split_size=4), NOT_BUILT, "fixed_split_size=4"),
     (ragged_wrapper, dict(v_indptr=Q), NOT_BUILT, "v_indptr"),
     (ragged_wrapper, dict(o_indptr=Q), NOT_BUILT, "o_indptr"),
 ]

@@ -23,18 +23,22 @@ LN2 = math.log(2)
 
 class State(NamedTuple):
     m: jax.Array  # float32 [r], of unscaled scores; -inf before the first key
-    l: jax.Array  # float32 [r]
+    l: jax.Array  # float32 [r], or [r, k]: a sum for each place of a tile
     acc: jax.Array  # float32 [r, d]
 
 
 @dataclasses.dataclass(frozen=True)
 class OnlineSoftmax:
     sm_scale: float
+    # Add up the places of a tile in the end only: where several warps hold a row, a sum makes them wait for each
+    # other. Where one does, it takes registers that large tiles do not have.
+    late_sum: bool
     interpret: bool
 
-    def init(self, rows: int, head_dim: int) -> State:
+    def init(self, rows: int, keys: int, head_dim: int) -> State:
         m = jnp.full((rows,), -jnp.inf, jnp.float32)
-        return State(m, jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, head_dim), jnp.float32))
+        l = jnp.zeros((rows, keys) if self.late_sum else (rows,), jnp.float32)
+        return State(m, l, jnp.zeros((rows, head_dim), jnp.float32))
 
     def update(self, state: State, s: jax.Array, v: jax.Array) -> State:
         """Takes in a tile: unscaled float32 scores s [r, k], -inf where masked, and values v [k, d]."""
@@ -45,14 +49,20 @@ class OnlineSoftmax:
         p = self._exp(s, jnp.broadcast_to(shift[:, None], s.shape))
         # From the difference, so that an unchanged maximum rescales by exactly 1, however large it is.
         alpha = self._exp(state.m - peak, jnp.zeros_like(peak))
+        if self.late_sum:
+            l = state.l * alpha[:, None] + p
+        else:
+            l = state.l * alpha + jnp.sum(p, axis=1)
         pv = self.dot(p.astype(v.dtype), v)
-        return State(m, state.l * alpha + jnp.sum(p, axis=1), state.acc * alpha[:, None] + pv)
+        return State(m, l, state.acc * alpha[:, None] + pv)
 
     def finalize(self, state: State) -> tuple[jax.Array, jax.Array]:
         """The attention state (o [r, d], lse [r], natural log); a row without keys gives 0 and -inf."""
-        empty = state.l == 0.0
-        o = state.acc / jnp.where(empty, 1.0, state.l)[:, None]
-        lse = state.m * self.sm_scale + jnp.log2(jnp.where(empty, 1.0, state.l)) * LN2
+        l = jnp.sum(state.l, axis=1) if self.late_sum else state.l
+        empty = l == 0.0
+        l = jnp.where(empty, 1.0, l)
+        o = state.acc / l[:, None]
+        lse = state.m * self.sm_scale + jnp.log2(l) * LN2
         return o, jnp.where(empty, -jnp.inf, lse)
 
     def dot(self, a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:

@@ -31,35 +31,33 @@ class PagedTile:
         """Positions int32 [k] of the tile's tokens in their request."""
         return position + jnp.arange(self.block, dtype=jnp.int32)
 
-    def pages(self, position: jax.Array, end: jax.Array | None) -> jax.Array:
-        """Page ids int32 [k] of the tokens from `position`, a multiple of `block`, on; 0 from `end` on."""
+    def load(self, position: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """K and V [k, d] of the tokens from `position`, a multiple of `block`, on.
+
+        From `end` on values are zeros, and keys are whatever lies there: their scores are for the caller to mask.
+        """
         tokens = self.tokens(position)
         if self.indices_ref is None:
-            return jnp.zeros_like(tokens)
-        entries = self.indices_ref.at[self.start + self._page_and_slot(position)[0]]
-        if end is None:
-            return plgpu.load(entries)
-        return plgpu.load(entries, mask=tokens < end, other=0)
-
-    def load(
-        self, pages: jax.Array, position: jax.Array, end: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """K and V [k, d] of the tokens from `position` on; tokens from `end` on are zeros, and not read."""
-        if self.indices_ref is None:
-            rows = (self.start + self.tokens(position)) * self.strides.slot
+            rows = (self.start + jnp.minimum(tokens, end - 1)) * self.strides.slot
         else:
-            slot = self._page_and_slot(position)[1]
-            rows = pages * self.strides.page + slot * self.strides.slot
+            page, slot = self._page_and_slot(position)
+            last, _ = divmod_by(end - 1, self.page_size)
+            page_id = plgpu.load(self.indices_ref.at[self.start + jnp.minimum(page, last)])
+            rows = page_id * self.strides.page + slot * self.strides.slot
         rows += self.head * self.strides.head
         cols = jnp.arange(_padded(self.head_dim), dtype=jnp.int32)
-        mask = None
-        if end is not None:
-            mask = (self.tokens(position) < end)[:, None]
-        if cols.size != self.head_dim:
-            inside = (cols < self.head_dim)[None, :]
-            mask = inside if mask is None else mask & inside
-        v_rows = rows + self.strides.value
-        return load_rows(self.k_ref, rows, cols, mask), load_rows(self.v_ref, v_rows, cols, mask)
+        inside = None if cols.size == self.head_dim else (cols < self.head_dim)[None, :]
+        # A product with a masked weight of 0 needs a finite value: a slot that no request owns may hold NaN.
+        exist = (tokens < end)[:, None]
+        return (
+            load_rows(self.k_ref, rows, cols, inside),
+            load_rows(
+                self.v_ref,
+                rows + self.strides.value,
+                cols,
+                exist if inside is None else exist & inside,
+            ),
+        )
 
     def _page_and_slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Which page of its request, and which slot of the page, int32 [k] each, hold the tile's tokens."""

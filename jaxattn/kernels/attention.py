@@ -5,7 +5,8 @@
 A program takes one work item of the plan: up to `block_rows` packed rows (query token x query head of one KV
 group, so that one K tile serves the whole group) against the item's keys. It visits the tiles that every row sees
 in full without masks, then the few at the causal boundary and at the end with masks. A whole tile writes the
-output; a split one writes its partial attention state in float32, for `merge_splits`.
+output. A split one writes its partial attention state in float32, and the program that finishes its tile last merges
+the tile's states, in the order of the splits, whoever is last: results do not depend on timing.
 
 Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, w work items, r rows of a tile.
 Grid: (kh, w), KV heads fastest: neighbours read one page together. H200, items fastest: decode 32 x 4096 165 us
@@ -24,87 +25,137 @@ from jaxattn.device import has_wgmma
 from jaxattn.kernels._launch import launch
 from jaxattn.kernels._online_softmax import OnlineSoftmax
 from jaxattn.kernels._paged_tile import PagedTile, divmod_by, load_rows
-from jaxattn.kernels.merge import merge_splits
+from jaxattn.kernels._rows import pow2
+from jaxattn.kernels.merge import merge_rows
 from jaxattn.kv_cache import PagedKVCache, RowStrides
-from jaxattn.plan import DecodePlan, PrefillPlan, WorkItem
+from jaxattn.plan import MAX_FEW_ROWS, DecodePlan, PrefillPlan, WorkItem
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    block_rows: int  # of a program; those of a plan's tile, or a part of them
     block_kv: int  # keys of a tile
     num_warps: int
     num_stages: int
-    # Load the next tile's page ids an iteration ahead, or leave that to the pipeliner, which gives up a stage
-    # of K and V for it. H200, page size 16. Prefill 1 x 16384: 411 TFLOP/s ahead, 369 not. Decode, where the
-    # first tile's latency counts: 1 x 8192 takes 13.4 us ahead, 9.6 not; 32 x 64 x 32 heads 16.3 and 12.0.
-    pages_ahead: bool
 
 
 def default_config(
-    block_rows: int, head_dim: int, dtype: jax.typing.DTypeLike, *, wgmma: bool
+    block_rows: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    group: int,
+    programs_per_sm: int,
+    paged: bool,
+    wgmma: bool,
 ) -> Config:
-    """The tile for a shape; a pure function of it. Figures: H200, kernel time."""
-    ahead = block_rows > 32
+    """The tile for a shape; a pure function of it. Figures: H200, kernel time, page size 16, head_dim 128."""
     if jnp.dtype(dtype) == jnp.float32:
+        # What shared memory and registers hold.
         if head_dim > 128:
-            # The largest tile whose operands an A100's shared memory holds.
-            return Config(block_kv=16, num_warps=8, num_stages=2, pages_ahead=ahead)
+            return Config(min(block_rows, 32), block_kv=16, num_warps=4, num_stages=2)
         # 32 x 4096: 8 warps take 1.8 times as long.
-        return Config(block_kv=32, num_warps=4, num_stages=2, pages_ahead=ahead)
-    if ahead:
+        return Config(min(block_rows, 64), block_kv=32, num_warps=4, num_stages=2)
+    if block_rows > MAX_FEW_ROWS:
         if head_dim > 128:
-            # 4 x 4096: 343 TFLOP/s; 8 warps 153, 64 keys with 8 warps 217.
-            return Config(block_kv=32, num_warps=4, num_stages=2, pages_ahead=True)
+            # 4 x 4096, head_dim 256: 446 TFLOP/s; 32 keys 373, 64 rows 373.
+            return Config(block_rows, block_kv=64, num_warps=8, num_stages=3 if paged else 2)
         if head_dim > 64 and not wgmma:
             # mma.sync keeps its operands in registers: for an A100, 4 warps spill and 8 do not.
-            return Config(block_kv=64, num_warps=8, num_stages=3, pages_ahead=True)
-        # 1 x 16384: 411 TFLOP/s; 4 stages 308. In prototypes 32 keys cost a quarter, 128 keys a third.
-        return Config(block_kv=64, num_warps=4, num_stages=3, pages_ahead=True)
+            return Config(min(block_rows, 64), block_kv=64, num_warps=8, num_stages=3)
+        # 4 x 4096: 473 TFLOP/s; 64 rows 398, 256 rows and 16 warps 450, 8 warps 373, 128 keys and 8 warps 375, 2
+        # stages 455. One stage is that of the page ids: contiguous keys want 2 (500 TFLOP/s), with which two programs
+        # fit on a multiprocessor.
+        return Config(block_rows, block_kv=64, num_warps=4, num_stages=4 if paged else 2)
+    if programs_per_sm == 2:
+        # Two tiles of keys at once. 8 x 4096: 37.1 us; 128 keys 38.3, one tile at once 39.8.
+        return Config(block_rows, block_kv=64, num_warps=4, num_stages=5)
     if head_dim > 128:
-        # 32 x 4096: 249 us; 4 warps 268, 32 keys 302.
-        return Config(block_kv=64, num_warps=8, num_stages=2, pages_ahead=False)
+        # 32 x 4096, head_dim 256: 250.2 us; 64 keys and 8 warps 252.7.
+        return Config(block_rows, block_kv=32, num_warps=2, num_stages=4)
     if head_dim <= 64:
-        # 64 x 8192: 248 us; 64 keys 331.
-        return Config(block_kv=128, num_warps=4, num_stages=3, pages_ahead=False)
-    # 64 x 8192: 474 us; 4 warps 538. 32 x 4096: 125 us; 4 warps 128.
-    return Config(block_kv=64, num_warps=2, num_stages=4, pages_ahead=False)
+        # 32 x 4096, head_dim 64: 69.5 us; 64 keys and 2 warps 72.5.
+        return Config(block_rows, block_kv=128, num_warps=4, num_stages=3)
+    if group == 1:
+        # 32 x 64 of 32 heads: 13.2 us; 64 keys 16.0.
+        return Config(block_rows, block_kv=32, num_warps=2, num_stages=4)
+    # 32 x 4096: 128.1 us; 4 warps 129.5, 32 keys 133.8. 32 x 4 on 4096: 128.9; 4 warps 157, 32 keys 137.
+    return Config(block_rows, block_kv=64, num_warps=2, num_stages=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merging:
+    """How the last program of a split tile merges its states."""
+
+    rows: int  # at once
+    states: int  # at once
+
+    @classmethod
+    def of(cls, plan: DecodePlan | PrefillPlan, config: Config, head_dim: int) -> "Merging | None":
+        """None where no tile is ever split."""
+        if not plan.num_slots:
+            return None
+        group = plan.num_qo_heads // plan.num_kv_heads
+        most = min(group, config.block_rows) if isinstance(plan, DecodePlan) else config.block_rows
+        rows = min(pow2(most), 16)
+        # 64 elements a thread: what the accumulator of the largest tiles takes, so no more registers.
+        elements = 2048 * config.num_warps
+        return cls(rows, min(32, max(1, elements // (rows * pow2(head_dim)))))
 
 
 def _attention_kernel(
     q_ref,  # [t * h, d]
     k_ref,  # [num_rows, d]
     v_ref,  # [num_rows, d]
-    items_ref,  # int32 [w, 7]
-    *refs,  # indices int32 [capacity] unless contiguous; then o, lse, partial o, partial lse
+    items_ref,  # int32 [w, 9]
+    *more,  # as named below
     num_qo_heads: int,
     num_kv_heads: int,
-    block_rows: int,
+    parts: int,
     config: Config,
     page_size: int,
     causal: bool,
     strides: RowStrides,
     softmax: OnlineSoftmax,
+    paged: bool,
+    merging: Merging | None,
 ):
-    *indices_ref, o_ref, lse_ref, o_partial_ref, lse_partial_ref = refs
-    head, work = pl.program_id(0), pl.program_id(1)
-    d, block_kv = q_ref.shape[1], config.block_kv
+    refs = list(more)
+    indices_ref = refs.pop(0) if paged else None  # int32 [capacity]
+    if merging:
+        del refs[0]  # the zeros that are arrivals_ref's memory
+        # float32 [num_slots * kh * block_rows, d] and without d: the states of split tiles; int32
+        # [num_slots * kh]: how many programs of a tile have arrived, at its first slot.
+        o_partial_ref, lse_partial_ref, arrivals_ref = refs[2:]
+    o_ref, lse_ref = refs[:2]  # [t * h, d], float32 [t * h]
+    head, work, part = (pl.program_id(i) for i in range(3))
+    d, block_rows, block_kv = q_ref.shape[1], config.block_rows, config.block_kv
     group = num_qo_heads // num_kv_heads
-    item = WorkItem(*(items_ref[work, i] for i in range(len(WorkItem._fields))))
 
-    # 1. The rows of this tile.
-    row = item.row_begin + jnp.arange(block_rows, dtype=jnp.int32)
-    owned = row < item.row_end
-    token, member = divmod_by(row, group)
-    out_row = token * num_qo_heads + head * group + member
-    cols = jnp.arange(1 << (d - 1).bit_length(), dtype=jnp.int32)
+    def read_item():
+        item = WorkItem(*(items_ref[work, i] for i in range(len(WorkItem._fields))))
+        begin = item.row_begin + part * block_rows
+        return item._replace(row_begin=begin, row_end=jnp.minimum(item.row_end, begin + block_rows))
+
+    def token_and_row(row):
+        """Of packed rows: their query token, and their row of q and o."""
+        token, member = divmod_by(row, group)
+        return token, (token * num_kv_heads + head) * group + member
+
+    # 1. The rows of this program.
+    item = read_item()
+    r = jnp.arange(block_rows, dtype=jnp.int32)
+    cols = jnp.arange(pow2(d), dtype=jnp.int32)
+    token, q_row = token_and_row(item.row_begin + r)
+    owned = item.row_begin + r < item.row_end
     inside = owned[:, None] & (cols < d)[None, :]
-    q = load_rows(q_ref, jnp.where(owned, out_row, 0), cols, inside)
+    q = load_rows(q_ref, jnp.where(owned, q_row, 0), cols, inside)
 
     # 2. The keys: the tiles before `whole` are seen in full by every row, those before `end` in part.
     kv = PagedTile(
         k_ref,
         v_ref,
-        indices_ref[0] if indices_ref else None,
+        indices_ref,
         item.page_start,
         head,
         strides,
@@ -117,47 +168,75 @@ def _attention_kernel(
     if causal:
         whole = jnp.clip(item.row_begin // group + item.causal_offset, item.kv_begin, end)
 
-    def step(i, carry, masked):
-        state, pages = carry
-        position = item.kv_begin + i * block_kv
-        if config.pages_ahead:
-            next_pages = kv.pages(position + block_kv, end)
-        else:
-            pages, next_pages = kv.pages(position, end if masked else None), None
-        k, v = kv.load(pages, position, end if masked else None)
-        s = softmax.dot(q, k, trans_b=True)
-        if masked:
-            key = kv.tokens(position)
-            seen = jnp.broadcast_to((key < end)[None, :], s.shape)
-            if causal:
-                seen &= key[None, :] < (token + item.causal_offset)[:, None]
-            s = jnp.where(seen, s, -jnp.inf)
-        return softmax.update(state, s, v), next_pages
+    def mask(s, position):
+        key = kv.tokens(position)
+        seen = jnp.broadcast_to((key < end)[None, :], s.shape)
+        if causal:
+            seen &= key[None, :] < (token + item.causal_offset)[:, None]
+        return jnp.where(seen, s, -jnp.inf)
 
-    num_whole = (whole - item.kv_begin) // block_kv
+    def step(i, state):
+        position = item.kv_begin + i * block_kv
+        k, v = kv.load(position, end)
+        s = softmax.dot(q, k, trans_b=True)
+        # Most tiles are seen in full by every row.
+        s = jax.lax.cond(position + block_kv > whole, mask, lambda s, position: s, s, position)
+        return softmax.update(state, s, v)
+
     num_tiles = (end - item.kv_begin + block_kv - 1) // block_kv
-    first_pages = kv.pages(item.kv_begin, end) if config.pages_ahead else None
-    carry = softmax.init(block_rows, cols.size), first_pages
-    carry = jax.lax.fori_loop(0, num_whole, functools.partial(step, masked=False), carry)
-    carry = jax.lax.fori_loop(num_whole, num_tiles, functools.partial(step, masked=True), carry)
+    state = jax.lax.fori_loop(0, num_tiles, step, softmax.init(block_rows, block_kv, cols.size))
 
     # 3. A whole tile is the answer; a split one is a partial state.
-    o, lse = softmax.finalize(carry[0])
-    alone = item.slot < 0
-    done = owned & alone
-    plgpu.store(
-        o_ref.at[out_row[:, None], cols[None, :]], o.astype(o_ref.dtype), mask=inside & alone
-    )
-    plgpu.store(lse_ref.at[out_row], lse, mask=done)
-    partial_row = (item.slot * num_kv_heads + head) * block_rows + jnp.arange(
-        block_rows, dtype=jnp.int32
-    )
-    plgpu.store(
-        o_partial_ref.at[partial_row[:, None], cols[None, :]],
-        o,
-        mask=inside & jnp.logical_not(alone),
-    )
-    plgpu.store(lse_partial_ref.at[partial_row], lse, mask=owned & jnp.logical_not(alone))
+    o, lse = softmax.finalize(state)
+    # Read again, the item's fields leave the loop above the registers that its rows would take there.
+    item = read_item()
+
+    def store(r, o, lse, chosen):
+        row = token_and_row(item.row_begin + r)[1]
+        owned = (item.row_begin + r < item.row_end) & chosen
+        inside = owned[:, None] & (cols < d)[None, :]
+        plgpu.store(o_ref.at[row[:, None], cols[None, :]], o.astype(o_ref.dtype), mask=inside)
+        plgpu.store(lse_ref.at[row], lse, mask=owned)
+
+    store(r, o, lse, item.num_splits == 1)
+    if merging is None:
+        return
+
+    @pl.when(item.num_splits > 1)
+    def _():
+        # A column is the program's place among those of an item.
+        column, num_columns = head * parts + part, num_kv_heads * parts
+
+        def first_row(split):
+            return ((item.slot + split) * num_columns + column) * block_rows
+
+        own = first_row(item.split) + r
+        owned = item.row_begin + r < item.row_end
+        inside = owned[:, None] & (cols < d)[None, :]
+        plgpu.store(o_partial_ref.at[own[:, None], cols[None, :]], o, mask=inside)
+        plgpu.store(lse_partial_ref.at[own], lse, mask=owned)
+        # Every thread's stores come before the program's arrival, and the last one's loads after it.
+        if not softmax.interpret:
+            plgpu.debug_barrier()
+        arrival = plgpu.atomic_add(arrivals_ref, (item.slot * num_columns + column,), jnp.int32(1))
+
+        def merge(i, _):
+            r = i * merging.rows + jnp.arange(merging.rows, dtype=jnp.int32)
+            o, lse = merge_rows(
+                o_partial_ref,
+                lse_partial_ref,
+                first_row(0) + r,
+                num_columns * block_rows,
+                item.num_splits,
+                block=merging.states,
+                empty_may_hold_anything=False,
+            )
+            store(r, o, lse, True)
+
+        @pl.when(arrival == item.num_splits - 1)
+        def _():
+            blocks = (item.row_end - item.row_begin + merging.rows - 1) // merging.rows
+            jax.lax.fori_loop(0, blocks, merge, None)
 
 
 def paged_attention(
@@ -221,37 +300,54 @@ def _attention(
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     t, h, d = q.shape
-    config = default_config(plan.block_rows, d, q.dtype, wgmma=has_wgmma())
-    num_partials = plan.num_slots * plan.num_kv_heads * plan.block_rows
+    config = default_config(
+        plan.block_rows,
+        d,
+        q.dtype,
+        group=h // plan.num_kv_heads,
+        programs_per_sm=plan.programs_per_sm,
+        paged=plan.page_indices is not None,
+        wgmma=has_wgmma(),
+    )
+    merging = Merging.of(plan, config, d)
+    parts = plan.block_rows // config.block_rows
     indices = () if plan.page_indices is None else (plan.page_indices,)
-    o, lse, o_partial, lse_partial = launch(
+    columns = plan.num_slots * plan.num_kv_heads * parts
+    # XLA writes the zeros of all the layers of a step in one kernel.
+    arrivals = (jnp.zeros(columns, jnp.int32),) if merging else ()
+    states = [
+        ((columns * config.block_rows, d), jnp.float32),
+        ((columns * config.block_rows,), jnp.float32),
+        ((columns,), jnp.int32),
+    ]
+    o, lse, *_ = launch(
         functools.partial(
             _attention_kernel,
             num_qo_heads=h,
             num_kv_heads=plan.num_kv_heads,
-            block_rows=plan.block_rows,
+            parts=parts,
             config=config,
             page_size=plan.page_size,
             causal=plan.causal,
             strides=strides,
-            softmax=OnlineSoftmax(sm_scale, interpret),
+            softmax=OnlineSoftmax(
+                sm_scale, late_sum=config.block_rows <= MAX_FEW_ROWS, interpret=interpret
+            ),
+            paged=plan.page_indices is not None,
+            merging=merging,
         ),
         q.reshape(t * h, d),
         k_rows,
         v_rows,
         plan.items,
         *indices,
+        *arrivals,
         name=name,
-        grid=(plan.num_kv_heads, plan.items.shape[0]),
-        out_shape=[
-            ((t * h, d), q.dtype),
-            ((t * h,), jnp.float32),
-            ((num_partials, d), jnp.float32),
-            ((num_partials,), jnp.float32),
-        ],
+        grid=(plan.num_kv_heads, plan.items.shape[0], parts),
+        out_shape=[((t * h, d), q.dtype), ((t * h,), jnp.float32), *(states if merging else ())],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
+        aliases={4 + len(indices): 4} if merging else None,
     )
-    o, lse = merge_splits(o, lse, o_partial, lse_partial, plan, interpret=interpret)
     return o.reshape(t, h, d), lse.reshape(t, h)

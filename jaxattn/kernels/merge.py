@@ -3,16 +3,15 @@
     s = log sum_i exp(s_i),   v = sum_i exp(s_i - s) v_i
 
 A state with s_i = -inf is empty: it contributes nothing, whatever its v_i holds, and where all are
-empty v = 0 and s = -inf. `merge_states` takes a dense array of states, `merge_splits` the partial
-states of the tiles that a plan has split, `merge_state` two arrays of states. Logarithms are
-natural or, for the first and the last, base 2.
+empty v = 0 and s = -inf. `merge_states` takes a dense array of states, `merge_state` two arrays of
+states; `merge_rows` is the part of a kernel that both `merge_states` and split attention share.
+Logarithms are natural or base 2.
 
-Axes: n rows (tokens), h query heads, kh KV heads, g = h // kh, d head dim, m merges.
-Grid: merge_states (n * h): a program merges the states of one row and head. merge_splits
-(m, kh * row blocks): a program merges the partial states of a few rows of a split tile. merge_state
-(n * h / BLOCK_ROWS).
+Axes: n rows (tokens), h query heads, d head dim.
+Grid: merge_states (n * h / block_rows), merge_state (n * h / BLOCK_ROWS).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -22,26 +21,36 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels._launch import launch
 from jaxattn.kernels._paged_tile import divmod_by
-from jaxattn.plan import DecodePlan, Merge, PrefillPlan
+from jaxattn.kernels._rows import pow2
 
-# States a program reads at once: with 4 warps and head_dim 128 a thread holds 32 elements of them.
-BLOCK_STATES = 32
 # Rows of two states a program merges: 2048 elements of each at head_dim 128, 16 a thread.
 BLOCK_ROWS = 16
-# Rows of a split prefill tile a program merges, so many fewer states at once.
-ROWS_OF_TILE = 16
 
 
-def _pow2(x: int) -> int:
-    """The least power of two that is not below x: the size of a tile that covers x elements."""
-    return 1 << (x - 1).bit_length()
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The tile of `merge_states`."""
+
+    block_rows: int
+    block_states: int  # a power of two, as block_rows
+    num_warps: int
+
+
+def default_config(num_states: int, head_dim: int) -> Config:
+    """The tile for so many states a row."""
+    # H200, 64 states of 1024 rows: 8.9 us; 32 at a time 9.3, 8 warps 11.1.
+    block_states = min(pow2(num_states), 64)
+    row = block_states * pow2(head_dim)
+    # 2 states of 131072 rows: 28.6 us; a row a program 80.
+    block_rows = max(1, 4096 // row)
+    return Config(block_rows, block_states, max(1, min(4, block_rows * row // 1024)))
 
 
 def _exp_log(lse_base: str):
     return (jnp.exp, jnp.log) if lse_base == "ln" else (jnp.exp2, jnp.log2)
 
 
-def _merge_rows(
+def merge_rows(
     v_ref,  # [rows, d]
     s_ref,  # [rows]
     first: jax.Array,  # int32 [r]
@@ -50,6 +59,7 @@ def _merge_rows(
     *,
     block: int,
     lse_base: str = "ln",
+    empty_may_hold_anything: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """For each of r rows, merges the states in rows `first + i * stride`, 0 <= i < count, `block` at a time.
 
@@ -57,7 +67,7 @@ def _merge_rows(
     """
     exp, log = _exp_log(lse_base)
     d = v_ref.shape[1]
-    dims = jnp.arange(_pow2(d), dtype=jnp.int32)
+    dims = jnp.arange(pow2(d), dtype=jnp.int32)
 
     def step(i, carry):
         peak, total, acc = carry
@@ -67,8 +77,9 @@ def _merge_rows(
         s = plgpu.load(s_ref.at[row], mask=valid, other=-jnp.inf).astype(jnp.float32)
         inside = valid[:, :, None] & (dims < d)[None, None, :]
         v = plgpu.load(v_ref.at[row[:, :, None], dims[None, None, :]], mask=inside, other=0.0)
-        # 0 * NaN is NaN: what an empty state holds is cleared.
-        v = jnp.where((s == -jnp.inf)[:, :, None], 0.0, v.astype(jnp.float32))
+        v = v.astype(jnp.float32)
+        if empty_may_hold_anything:  # 0 * NaN is NaN
+            v = jnp.where((s == -jnp.inf)[:, :, None], 0.0, v)
         new_peak = jnp.maximum(peak, jnp.max(s, axis=0))
         # Without any state yet the peak is -inf, and -inf - -inf is NaN: shift by 0 there instead.
         shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
@@ -93,25 +104,26 @@ def _merge_states_kernel(
     *,
     num_states: int,
     num_heads: int,
+    config: Config,
     lse_base: str,
 ):
-    out_row = pl.program_id(0) + jnp.zeros(1, jnp.int32)
-    row, head = divmod_by(out_row, num_heads)
-    v, s = _merge_rows(
+    num_rows, d = v_out_ref.shape
+    out_row = pl.program_id(0) * config.block_rows + jnp.arange(config.block_rows, dtype=jnp.int32)
+    exists = out_row < num_rows
+    row, head = divmod_by(jnp.where(exists, out_row, 0), num_heads)
+    v, s = merge_rows(
         v_ref,
         s_ref,
         row * (num_states * num_heads) + head,
         num_heads,
         num_states,
-        block=min(BLOCK_STATES, _pow2(num_states)),
+        block=config.block_states,
         lse_base=lse_base,
     )
-    dims = jnp.arange(v.shape[1], dtype=jnp.int32)
-    inside = (dims < v_out_ref.shape[1])[None, :]
-    plgpu.store(
-        v_out_ref.at[out_row[:, None], dims[None, :]], v.astype(v_out_ref.dtype), mask=inside
-    )
-    plgpu.store(s_out_ref.at[out_row], s)
+    dims = jnp.arange(v.shape[1], dtype=jnp.int32)[None, :]
+    inside = exists[:, None] & (dims < d)
+    plgpu.store(v_out_ref.at[out_row[:, None], dims], v.astype(v_out_ref.dtype), mask=inside)
+    plgpu.store(s_out_ref.at[out_row], s, mask=exists)
 
 
 def merge_states(
@@ -119,113 +131,25 @@ def merge_states(
 ) -> tuple[jax.Array, jax.Array]:
     """v [n, states, h, d], s [n, states, h] -> (v [n, h, d], s float32 [n, h])."""
     n, num_states, h, d = v.shape
-    elements = min(BLOCK_STATES, _pow2(num_states)) * _pow2(d)
+    config = default_config(num_states, d)
     merged_v, merged_s = launch(
         functools.partial(
-            _merge_states_kernel, num_states=num_states, num_heads=h, lse_base=lse_base
+            _merge_states_kernel,
+            num_states=num_states,
+            num_heads=h,
+            config=config,
+            lse_base=lse_base,
         ),
         v.reshape(-1, d),
         s.reshape(-1),
         name="jaxattn_merge_states",
-        grid=(n * h,),
+        grid=(pl.cdiv(n * h, config.block_rows),),
         out_shape=[((n * h, d), v.dtype), ((n * h,), jnp.float32)],
-        num_warps=max(1, min(4, elements // 1024)),
+        num_warps=config.num_warps,
         num_stages=1,
         interpret=interpret,
     )
     return merged_v.reshape(n, h, d), merged_s.reshape(n, h)
-
-
-def _merge_splits_kernel(
-    o_in_ref,  # [t * h, d], the same memory as o_ref
-    lse_in_ref,  # float32 [t * h], as lse_ref
-    o_partial_ref,  # float32 [num_slots * kh * block_rows, d]
-    lse_partial_ref,  # float32 [num_slots * kh * block_rows]
-    merges_ref,  # int32 [m, 4]
-    o_ref,  # [t * h, d]
-    lse_ref,  # float32 [t * h]
-    *,
-    num_kv_heads: int,
-    group: int,
-    block_rows: int,
-    row_blocks: int,
-    rows: int,
-):
-    merge = Merge(*(merges_ref[pl.program_id(0), i] for i in range(len(Merge._fields))))
-    head, row_block = divmod_by(pl.program_id(1), row_blocks)
-    first = row_block * rows
-
-    # An unused merge owns no rows: its programs end here.
-    @pl.when(merge.row_begin + first < merge.row_end)
-    def _():
-        r = first + jnp.arange(rows, dtype=jnp.int32)
-        o, lse = _merge_rows(
-            o_partial_ref,
-            lse_partial_ref,
-            (merge.slot * num_kv_heads + head) * block_rows + r,
-            num_kv_heads * block_rows,
-            merge.num_states,
-            block=BLOCK_STATES // rows,
-        )
-        token, member = divmod_by(merge.row_begin + r, group)
-        out_row = (token * num_kv_heads + head) * group + member
-        owned = merge.row_begin + r < merge.row_end
-        dims = jnp.arange(o.shape[1], dtype=jnp.int32)
-        inside = owned[:, None] & (dims < o_ref.shape[1])[None, :]
-        plgpu.store(o_ref.at[out_row[:, None], dims[None, :]], o.astype(o_ref.dtype), mask=inside)
-        plgpu.store(lse_ref.at[out_row], lse, mask=owned)
-
-
-def merge_splits(
-    o: jax.Array,
-    lse: jax.Array,
-    o_partial: jax.Array,
-    lse_partial: jax.Array,
-    plan: DecodePlan | PrefillPlan,
-    *,
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Merges the partial states of a plan's split tiles into the outputs; other rows stay as they are.
-
-    Args:
-      o: [t * h, d]; aliased to the result.
-      lse: float32 [t * h], natural log; aliased to the result.
-      o_partial: float32 [num_slots * kh * block_rows, d]; row r of a tile, of KV head c, is row
-        `(slot * kh + c) * block_rows + r`.
-      lse_partial: float32 [num_slots * kh * block_rows], natural log.
-      plan: whose `merges` say what was split.
-
-    Returns:
-      (o, lse).
-    """
-    group = plan.num_qo_heads // plan.num_kv_heads
-    # A decode tile has few rows and may have a hundred states; a prefill tile has many rows and few states.
-    decode = isinstance(plan, DecodePlan)
-    rows = 1 if decode else ROWS_OF_TILE
-    row_blocks = pl.cdiv(min(group, plan.block_rows) if decode else plan.block_rows, rows)
-    o, lse = launch(
-        functools.partial(
-            _merge_splits_kernel,
-            num_kv_heads=plan.num_kv_heads,
-            group=group,
-            block_rows=plan.block_rows,
-            row_blocks=row_blocks,
-            rows=rows,
-        ),
-        o,
-        lse,
-        o_partial,
-        lse_partial,
-        plan.merges,
-        name="jaxattn_merge_splits",
-        grid=(plan.merges.shape[0], plan.num_kv_heads * row_blocks),
-        out_shape=[(o.shape, o.dtype), (lse.shape, lse.dtype)],
-        num_warps=4,
-        num_stages=1,
-        interpret=interpret,
-        aliases={0: 0, 1: 1},
-    )
-    return o, lse
 
 
 def _merge_state_kernel(
@@ -241,7 +165,7 @@ def _merge_state_kernel(
     exp, log = _exp_log(lse_base)
     num_rows, d = v_ref.shape
     row = pl.program_id(0) * BLOCK_ROWS + jnp.arange(BLOCK_ROWS, dtype=jnp.int32)
-    dims = jnp.arange(_pow2(d), dtype=jnp.int32)
+    dims = jnp.arange(pow2(d), dtype=jnp.int32)
     chosen = row < num_rows
     if mask_ref:
         chosen &= plgpu.load(mask_ref[0].at[row // num_heads], mask=chosen, other=False)
