@@ -4,7 +4,7 @@ Attention work is a list of tiles, each up to `block_rows` packed rows (query to
 of one request. A tile whose keys exceed a fair share of the batch's total is split along its keys, so that any mix
 of lengths fills the GPU (FlashDecoding; Stream-K's fair share). With `fill` work items needed to fill it,
 
-    share = total keys / fill,   splits of a tile = its keys / share, rounded, at least 1
+    share = total keys / fill (or MIN_BLOCKS, if more),   splits of a tile = its keys / share, rounded, at least 1
 
 never makes more than `num_tiles + fill` items, of which at most `4 / 3 * fill` belong to split tiles. These bounds come
 from shapes alone, so the contents of the index arrays are free: other lengths never recompile. Nothing is read on the
@@ -24,18 +24,19 @@ from jaxattn.checks import check_heads, check_index, check_positive
 from jaxattn.device import num_sms as default_num_sms
 from jaxattn.kv_cache import PageTable
 
-KV_BLOCK = 128  # keys; splits are cut at multiples of it, which every kernel tile divides
-MIN_ROWS, MAX_DECODE_ROWS, MAX_ROWS = (
-    16,
-    64,
-    128,
-)  # of a tile; 16 is the least that tensor cores take
+KV_BLOCK = 128  # keys; splits that are not fixed are cut at multiples of it, which every kernel tile divides
+# Of a tile; 16 is the least that tensor cores take, and a group of query heads fills at most 64 in decode.
+MIN_ROWS = 16
+MAX_DECODE_ROWS = 64
+MAX_ROWS = 128
 MAX_FEW_ROWS = 32  # tiles up to here only wait for memory
-MIN_BLOCKS = 4  # of a split, unless its tile has fewer: merging costs as much as they do
+# The least share: merging more splits takes longer than reading a split's keys. H200, 1 x 8192: shares of 4 blocks
+# 14.4 us, of 2 blocks 16.4.
+MIN_BLOCKS = 4
 
 
 class WorkItem(NamedTuple):
-    """One program's share of a tile, for every KV head. All int32.
+    """A share of a tile: what a program does for each KV head. All int32.
 
     Packed row r stands for query token r // g and query head `kv_head * g + r % g`.
     """
@@ -129,7 +130,7 @@ def plan_decode(
       num_qo_heads, num_kv_heads: heads of q and of the cache (of one shard, under shard_map).
       fixed_split_size: cut the keys of every request into splits of so many pages. A request's output is then
         bitwise the same whatever the batch around it; without it, splits depend on the batch's lengths.
-      disable_split_kv: never split: one program a request and KV head.
+      disable_split_kv: never split. A request's output does not depend on the batch around it then either.
       num_sms: multiprocessors to fill; default: the device's.
 
     Returns:
@@ -155,8 +156,8 @@ def plan_decode(
     tile = _Tile(row, row_end, jnp.zeros_like(row), page_start[request], kv_len[request])
     tiles_per_request = row.size // page_table.batch_size
     num_sms = num_sms or default_num_sms()
-    fixed = fixed_split_size is not None
-    programs_per_sm = _programs_per_sm(block_rows, row.size * num_kv_heads, num_sms, fixed)
+    adaptive = fixed_split_size is None and not disable_split_kv
+    programs_per_sm = _programs_per_sm(block_rows, row.size * num_kv_heads, num_sms, adaptive)
     items, num_slots = _work_list(
         tile,
         -(-programs_per_sm * num_sms // num_kv_heads),
@@ -200,7 +201,8 @@ def plan_prefill(
       num_qo_tokens: rows of q; those from qo_indptr[b] on give 0 and lse -inf.
       num_qo_heads, num_kv_heads: heads of q and of the cache (of one shard, under shard_map).
       causal: query i of a request sees keys 0 .. kv_len - qo_len + i; otherwise all kv_len keys.
-      fixed_split_size, disable_split_kv: as for `plan_decode`.
+      fixed_split_size, disable_split_kv: as for `plan_decode`. Fixed splits take memory: the plan must hold every
+        tile of `num_qo_tokens` in a request that has all pages of the table.
       num_sms: multiprocessors to fill; default: the device's.
 
     Returns:
@@ -285,7 +287,9 @@ def _plan_prefill(
         check_positive(num_qo_tokens=num_qo_tokens)
     batch = kv_len.shape[0]
     group = num_qo_heads // num_kv_heads
-    block_rows = MIN_ROWS if num_qo_tokens * group <= MIN_ROWS * batch else MAX_ROWS
+    adaptive = fixed_split_size is None and not disable_split_kv
+    few_rows = num_qo_tokens * group <= MIN_ROWS * batch
+    block_rows = MIN_ROWS if few_rows and adaptive else MAX_ROWS
     # Query rows that no request owns are one more request, without keys: they come out as 0 and -inf.
     bounds = jnp.minimum(qo_indptr, num_qo_tokens)
     begin, end = bounds, jnp.append(bounds[1:], jnp.int32(num_qo_tokens))
@@ -306,8 +310,7 @@ def _plan_prefill(
     kv_end = jnp.where(used, kv_end, 0)
     tile = _Tile(row_begin, row_end, causal_offset, start[request], kv_end)
     num_sms = num_sms or default_num_sms()
-    fixed = fixed_split_size is not None
-    programs_per_sm = _programs_per_sm(block_rows, capacity * num_kv_heads, num_sms, fixed)
+    programs_per_sm = _programs_per_sm(block_rows, batch * num_kv_heads, num_sms, adaptive)
     items, num_slots = _work_list(
         tile,
         -(-programs_per_sm * num_sms // num_kv_heads),
@@ -352,13 +355,13 @@ def _with_pages(page_table: PageTable) -> PageTable:
     return dataclasses.replace(page_table, indices=jnp.zeros(1, jnp.int32))
 
 
-def _programs_per_sm(block_rows: int, whole_programs: int, num_sms: int, fixed_splits: bool) -> int:
+def _programs_per_sm(block_rows: int, whole_programs: int, num_sms: int, adaptive: bool) -> int:
     """How many programs to run on a multiprocessor at once.
 
     Two that load two tiles of keys at a time; or, for tiles of few rows, four that load one, unless the programs of
-    whole tiles are too few to fill the GPU. Fixed splits always have four: a request must not see the batch around it.
+    whole tiles are too few to fill the GPU. Always four where a request must not see the batch around it.
     """
-    if block_rows > MAX_FEW_ROWS or whole_programs <= num_sms and not fixed_splits:
+    if block_rows > MAX_FEW_ROWS or adaptive and whole_programs <= num_sms:
         return 2
     return 4
 

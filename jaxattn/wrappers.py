@@ -376,6 +376,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_BatchWrapper):
             follow it.
           data_type: the kv_data_type where that is None; also the q_data_type where that is None.
           sm_scale: default 1 / sqrt(head_dim).
+          fixed_split_size, disable_split_kv: as for `plan_decode`, the size in pages; not both.
 
         Raises:
           ValueError, TypeError: arrays or sizes that do not fit each other or the fixed capacities.
@@ -627,6 +628,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchWrapper):
           q_data_type: dtype of q, by default float16 as in FlashInfer; kv_data_type and o_data_type
             follow it.
           sm_scale: default 1 / sqrt(head_dim_qk).
+          fixed_split_size, disable_split_kv: as for `plan_prefill`, the size in pages; not both.
 
         Raises:
           ValueError, TypeError: arrays or sizes that do not fit each other or the fixed capacities.

@@ -138,17 +138,24 @@ SPLITS = [dict(fixed_split_size=1), dict(fixed_split_size=7), dict(disable_split
 
 
 @pytest.mark.parametrize("splits", SPLITS)
-@pytest.mark.parametrize("group,head_dim,dtype", [(4, 64, jnp.bfloat16), (7, 80, jnp.float32)])
+@pytest.mark.parametrize(
+    "group,head_dim,dtype",
+    [(4, 64, jnp.bfloat16), (7, 80, jnp.float32), (71, 64, jnp.bfloat16), (40, 256, jnp.float32)],
+)
 def test_splits(splits, group, head_dim, dtype):
     paged = make_paged(edge_lengths(16), page_size=16, head_dim=head_dim, dtype=dtype)
     check_decode(paged, dtype, group=group, backend="interpret", **splits)
 
 
 @pytest.mark.parametrize("splits", SPLITS)
-def test_splits_of_prefill(splits):
-    paged = make_paged([0, 5, 100, 300], page_size=16)
+@pytest.mark.parametrize(
+    "head_dim,dtype", [(64, jnp.bfloat16), (64, jnp.float32), (256, jnp.float32)]
+)
+def test_splits_of_prefill(splits, head_dim, dtype):
+    """float32 shares a tile of the plan out to several programs."""
+    paged = make_paged([0, 5, 100, 200], page_size=16, head_dim=head_dim, dtype=dtype)
     how = dict(group=4, backend="interpret", causal=True, **splits)
-    check_prefill(paged, [2, 0, 50, 40], jnp.bfloat16, **how)
+    check_prefill(paged, [2, 0, 50, 40], dtype, **how)
 
 
 def decode_among(lengths, *, page_size=16, kh=2, group=4, head_dim=64, backend, pages=4):
@@ -321,6 +328,7 @@ def decode(q, cache, table, backend="interpret"):
         page_size=cache.page_size,
         num_qo_heads=q.shape[-2],
         num_kv_heads=cache.num_kv_heads,
+        fixed_split_size=1,  # so that short requests have splits to merge
     )
     return ja.paged_decode(q, cache, plan, return_lse=True, backend=backend)
 
@@ -339,16 +347,13 @@ def test_page_order_changes_nothing():
 
 def test_decode_is_the_last_row_of_prefill():
     q, cache, table = decode_arguments([33, 1, 200])
-    plan = ja.plan_prefill(
-        jnp.arange(4, dtype=jnp.int32),
-        table,
-        page_size=16,
-        num_qo_tokens=3,
-        num_qo_heads=q.shape[1],
-        num_kv_heads=cache.num_kv_heads,
-    )
-    o, lse = ja.paged_prefill(q, cache, plan, return_lse=True, backend="interpret")
-    for a, b in zip((o, lse), decode(q, cache, table), strict=True):
+    heads = dict(num_qo_heads=q.shape[1], num_kv_heads=cache.num_kv_heads)
+    qo_indptr = jnp.arange(4, dtype=jnp.int32)
+    prefill = ja.plan_prefill(qo_indptr, table, page_size=16, num_qo_tokens=3, **heads)
+    decode = ja.plan_decode(table, page_size=16, **heads)
+    how = dict(return_lse=True, backend="interpret")
+    ours = ja.paged_prefill(q, cache, prefill, **how)
+    for a, b in zip(ours, ja.paged_decode(q, cache, decode, **how), strict=True):
         np.testing.assert_allclose(
             np.asarray(a.astype(jnp.float32)), np.asarray(b.astype(jnp.float32)), atol=1e-6
         )
@@ -452,7 +457,7 @@ def prefill_arguments(*, group=2):
 def prefills(q, qo_indptr, cache, table, k, v, backend):
     """(o, lse) over paged keys, and over as many contiguous ones."""
     heads = dict(num_qo_tokens=q.shape[0], num_qo_heads=q.shape[1], num_kv_heads=cache.num_kv_heads)
-    plan = ja.plan_prefill(qo_indptr, table, page_size=cache.page_size, **heads)
+    plan = ja.plan_prefill(qo_indptr, table, page_size=cache.page_size, fixed_split_size=1, **heads)
     paged = ja.paged_prefill(q, cache, plan, return_lse=True, backend=backend)
     kv_indptr = jnp.pad(jnp.cumsum(table.kv_len(cache.page_size), dtype=jnp.int32), (1, 0))
     plan = ja.plan_ragged_prefill(qo_indptr, kv_indptr, **heads)
@@ -791,23 +796,38 @@ def test_fixed_splits_do_not_see_the_batch_gpu(group, kh, head_dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[100_000, *[50] * 63], [8192], [3000] * 40])
 def test_runs_give_the_same_bits_gpu(lengths):
-    """Whichever program of a tile comes last: a race would show in one of many runs."""
+    """Whichever program of a tile comes last.
+
+    Two inputs take turns, since a state that is read too early would be that of the run before, in the same memory.
+    """
     paged = make_paged(lengths, page_size=16, num_kv_heads=8, head_dim=128)
     heads = dict(num_qo_heads=32, num_kv_heads=8)
-    plan = ja.plan_decode(paged.table, page_size=16, **heads)
-    q = jax.random.normal(jax.random.key(0), (len(lengths), 32, 128), jnp.bfloat16)
-    qo_lens = [min(n, 40) for n in lengths]
+    qo_lens = [min(n, 8) for n in lengths]
     qo_indptr = jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32)
-    rows = jax.random.normal(jax.random.key(1), (sum(qo_lens), 32, 128), jnp.bfloat16)
-    prefill_plan = ja.plan_prefill(
-        qo_indptr, paged.table, page_size=16, num_qo_tokens=sum(qo_lens), **heads
-    )
-    for op, *args in ((ja.paged_decode, q, plan), (ja.paged_prefill, rows, prefill_plan)):
+    prefill = dict(page_size=16, num_qo_tokens=sum(qo_lens), **heads)
+    for op, rows, plan, whole in (
+        (
+            ja.paged_decode,
+            len(lengths),
+            ja.plan_decode(paged.table, page_size=16, **heads),
+            ja.plan_decode(paged.table, page_size=16, disable_split_kv=True, **heads),
+        ),
+        (
+            ja.paged_prefill,
+            sum(qo_lens),
+            ja.plan_prefill(qo_indptr, paged.table, **prefill),
+            ja.plan_prefill(qo_indptr, paged.table, disable_split_kv=True, **prefill),
+        ),
+    ):
         run = jax.jit(lambda q, plan, op=op: op(q, paged.cache, plan, return_lse=True))
-        first = run(*args)
-        for _ in range(50):
-            for got, want in zip(run(*args), first, strict=True):
-                assert same_bits(got, want)
+        qs = [jax.random.normal(jax.random.key(i), (rows, 32, 128), jnp.bfloat16) for i in (0, 1)]
+        outputs = [run(qs[i % 2], plan) for i in range(40)]
+        for i, q in enumerate(qs):
+            for got, want in zip(outputs[i], run(q, whole), strict=True):
+                got, want = (np.asarray(x.astype(jnp.float32)) for x in (got, want))
+                np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-3)
+            for output in outputs[i + 2 :: 2]:
+                assert all(map(same_bits, output, outputs[i]))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,8 @@ PACKAGE = Path(jaxattn.__file__).parent
 FLOORS = [
     ["checks", "device"],
     ["kv_cache"],
-    ["kernels._paged_tile", "kernels._rows"],
+    ["kernels._rows"],
+    ["kernels._paged_tile"],
     ["dispatch", "plan", "kernels._*"],
     ["reference"],
     ["kernels.merge"],

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from jaxattn.kernels._rows import pow2
 from jaxattn.kv_cache import RowStrides
 
 
@@ -32,7 +33,7 @@ class PagedTile:
         return position + jnp.arange(self.block, dtype=jnp.int32)
 
     def load(self, position: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """K and V [k, d] of the tokens from `position`, a multiple of `block`, on.
+        """K and V [k, d] of the tokens from `position` on, a page's first one where pages divide `block`.
 
         From `end` on values are zeros, and keys are whatever lies there: their scores are for the caller to mask.
         """
@@ -45,7 +46,7 @@ class PagedTile:
             page_id = plgpu.load(self.indices_ref.at[self.start + jnp.minimum(page, last)])
             rows = page_id * self.strides.page + slot * self.strides.slot
         rows += self.head * self.strides.head
-        cols = jnp.arange(_padded(self.head_dim), dtype=jnp.int32)
+        cols = jnp.arange(pow2(self.head_dim), dtype=jnp.int32)
         inside = None if cols.size == self.head_dim else (cols < self.head_dim)[None, :]
         # A product with a masked weight of 0 needs a finite value: a slot that no request owns may hold NaN.
         exist = (tokens < end)[:, None]
@@ -84,7 +85,3 @@ def load_rows(ref: jax.Ref, rows: jax.Array, cols: jax.Array, mask: jax.Array | 
         mask=mask,
         other=None if mask is None else jnp.zeros((), ref.dtype),
     )
-
-
-def _padded(head_dim: int) -> int:
-    return 1 << (head_dim - 1).bit_length()

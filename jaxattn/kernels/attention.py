@@ -3,13 +3,14 @@
     s_j = <q, k_j>,   o = sum_j softmax_j(sm_scale s) v_j,   lse = log sum_j exp(sm_scale s_j)
 
 A program takes one work item of the plan: up to `block_rows` packed rows (query token x query head of one KV
-group, so that one K tile serves the whole group) against the item's keys. It visits the tiles that every row sees
-in full without masks, then the few at the causal boundary and at the end with masks. A whole tile writes the
-output. A split one writes its partial attention state in float32, and the program that finishes its tile last merges
-the tile's states, in the order of the splits, whoever is last: results do not depend on timing.
+group, so that one K tile serves the whole group) against the item's keys. Scores are masked in the few tiles that
+not every row sees in full: at the causal boundary and at the end. A whole tile writes the output. A split one writes
+its partial attention state in float32, and the program that finishes its tile last merges the tile's states, in the
+order of the splits, whoever is last: results do not depend on timing.
 
-Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, w work items, r rows of a tile.
-Grid: (kh, w), KV heads fastest: neighbours read one page together. H200, items fastest: decode 32 x 4096 165 us
+Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, w work items, r rows of a program, of which
+`parts` share a plan's tile where registers hold no whole one.
+Grid: (kh, w, parts), KV heads fastest: neighbours read one page together. H200, items fastest: decode 32 x 4096 165 us
 instead of 127, prefill 1 x 4096 390 us instead of 372; only 1 x 16384 gains, 5053 us instead of 5362 (L2).
 """
 
@@ -124,18 +125,23 @@ def _attention_kernel(
     indices_ref = refs.pop(0) if paged else None  # int32 [capacity]
     if merging:
         del refs[0]  # the zeros that are arrivals_ref's memory
-        # float32 [num_slots * kh * block_rows, d] and without d: the states of split tiles; int32
-        # [num_slots * kh]: how many programs of a tile have arrived, at its first slot.
-        o_partial_ref, lse_partial_ref, arrivals_ref = refs[2:]
-    o_ref, lse_ref = refs[:2]  # [t * h, d], float32 [t * h]
+        # float32 [num_slots * kh * parts * r, d] and without d: the states of split tiles; int32
+        # [num_slots * kh * parts]: how many programs of a tile have arrived, at its first slot.
+        *refs, o_partial_ref, lse_partial_ref, arrivals_ref = refs
+    o_ref, lse_ref = refs  # [t * h, d], float32 [t * h]
     head, work, part = (pl.program_id(i) for i in range(3))
     d, block_rows, block_kv = q_ref.shape[1], config.block_rows, config.block_kv
     group = num_qo_heads // num_kv_heads
 
     def read_item():
         item = WorkItem(*(items_ref[work, i] for i in range(len(WorkItem._fields))))
+        if parts == 1:
+            return item
         begin = item.row_begin + part * block_rows
-        return item._replace(row_begin=begin, row_end=jnp.minimum(item.row_end, begin + block_rows))
+        end = jnp.minimum(item.row_end, begin + block_rows)
+        # A part without rows needs no keys.
+        kv_end = jnp.where(begin < end, item.kv_end, item.kv_begin)
+        return item._replace(row_begin=begin, row_end=end, kv_end=kv_end)
 
     def token_and_row(row):
         """Of packed rows: their query token, and their row of q and o."""
