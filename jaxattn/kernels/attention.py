@@ -57,6 +57,9 @@ def default_config(
             return Config(min(block_rows, 32), block_kv=16, num_warps=4, num_stages=2)
         # 32 x 4096: 8 warps take 1.8 times as long.
         return Config(min(block_rows, 64), block_kv=32, num_warps=4, num_stages=2)
+    if head_dim > 256:
+        # What shared memory holds; not tuned.
+        return Config(min(block_rows, 32), block_kv=32, num_warps=4, num_stages=2)
     if block_rows > MAX_FEW_ROWS:
         if head_dim > 128:
             # 4 x 4096, head_dim 256: 446 TFLOP/s; 32 keys 373, 64 rows 373.
