@@ -67,9 +67,9 @@ def default_config(
         if head_dim > 64 and not wgmma:
             # mma.sync keeps its operands in registers: for an A100, 4 warps spill and 8 do not.
             return Config(min(block_rows, 64), block_kv=64, num_warps=8, num_stages=3)
-        # 4 x 4096: 473 TFLOP/s; 64 rows 398, 256 rows and 16 warps 450, 8 warps 373, 128 keys and 8 warps 375, 2
-        # stages 455. One stage is that of the page ids: contiguous keys want 2 (500 TFLOP/s), with which two programs
-        # fit on a multiprocessor.
+        # 4 x 4096: 473 TFLOP/s; 2 stages 455. With a loop of its own for masked tiles, 128 rows 461, 64 rows 398, 256
+        # rows and 16 warps 450. One stage is that of the page ids: contiguous keys want 2 (500 TFLOP/s), with which two
+        # programs fit on a multiprocessor.
         return Config(block_rows, block_kv=64, num_warps=4, num_stages=4 if paged else 2)
     if programs_per_sm == 2:
         # Two tiles of keys at once. 8 x 4096: 37.1 us; 128 keys 38.3, one tile at once 39.8.
