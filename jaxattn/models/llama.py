@@ -312,7 +312,7 @@ def forward(
         )
         updated.append(cache)
     head = params.embed_tokens if params.lm_head is None else params.lm_head
-    return _matmul(x[rows], head), tuple(updated)
+    return _matmul(x[rows], head, jnp.float32), tuple(updated)
 
 
 def prefill(
@@ -396,20 +396,23 @@ def _layer(
 
 
 def _linear(x: Array, linear: Linear) -> Array:
-    y = _matmul(x, linear.weight)
-    if linear.bias is not None:
-        y = y + linear.bias.astype(jnp.float32)[None, :]
+    if linear.bias is None:
+        return _matmul(x, linear.weight, x.dtype)
+    y = _matmul(x, linear.weight, jnp.float32) + linear.bias.astype(jnp.float32)[None, :]
     return y.astype(x.dtype)
 
 
-def _matmul(x: Array, weight: Array) -> Array:
-    """`x @ weight.T` in float32; float32 inputs are not rounded to a GPU's TensorFloat-32."""
+def _matmul(x: Array, weight: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """`x @ weight.T`, accumulated in float32; float32 inputs are not rounded to TensorFloat-32.
+
+    cuBLAS rounds to `dtype` as it stores; after a float32 output, a kernel of XLA's would.
+    """
     return jnp.einsum(
         "ti,oi->to",
         x,
         weight,
         precision="highest" if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
 
 
