@@ -1,4 +1,7 @@
-"""In place is in place: programs compiled for an H200, which takes no GPU, copy no donated buffer."""
+"""In place is in place: programs compiled for an H200, which takes no GPU, copy no donated buffer.
+
+Nor do they spend a kernel a layer on the counters that attention overwrites.
+"""
 
 import dataclasses
 import math
@@ -21,7 +24,7 @@ def struct(*shape, dtype=bf16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def compile_for_h200(fn, donated, *args):
+def compile_for_h200(fn, donated, *args, **options):
     """(the optimised program's text, its memory analysis); skips where JAX cannot compile for one."""
     try:
         mesh = cr._target_mesh("h200")
@@ -32,7 +35,7 @@ def compile_for_h200(fn, donated, *args):
     with jax.sharding.set_mesh(mesh):
         lowered = jax.jit(fn, donate_argnums=donated).lower(*args)
         # Matrix products are not what is tested; trying them out takes a GPU.
-        compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+        compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, **options})
     return compiled.as_text(), compiled.memory_analysis()
 
 
@@ -143,3 +146,35 @@ def test_a_model_copies_no_cache(decode):
     assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in buffers)
     assert text.count("jaxattn_rope_append_paged_kv_cache") >= config.num_layers
     assert buffers[0].size not in copied(text)
+
+
+LAYERS = 3
+
+
+def counters_and_kernels(**options):
+    """Of a step of attention layers that share a plan: the counters, and the kernels that zero them."""
+
+    def step(q, caches, page_table):
+        plan = ja.plan_decode(page_table, page_size=PAGE_SIZE, num_qo_heads=8, num_kv_heads=2)
+        for layer in caches:
+            q = ja.paged_decode(q, layer, plan)
+        return q
+
+    args = struct(BATCH, 8, D), (cache(),) * LAYERS, PAGE_TABLE
+    text, _ = compile_for_h200(step, (), *args, **options)
+    # They are the last operand.
+    counters = re.findall(r"custom-call\(.*?(%[\w.-]+)\), .*jaxattn_paged_decode", text)
+    # The value of an instruction of several outputs is taken apart first.
+    kernel = dict(re.findall(r"(%[\w.-]+) = .* get-tuple-element\((%[\w.-]+)\)", text))
+    return set(counters), {kernel.get(name, name) for name in counters}
+
+
+def test_one_kernel_zeroes_the_counters_of_all_layers():
+    counters, kernels = counters_and_kernels()
+    assert len(counters) == LAYERS and len(kernels) == 1
+
+
+def test_a_kernel_a_layer_would_be_seen():
+    """XLA is kept from joining them."""
+    counters, kernels = counters_and_kernels(xla_disable_hlo_passes="copy_fusion")
+    assert len(counters) == len(kernels) == LAYERS
