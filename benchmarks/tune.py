@@ -111,7 +111,13 @@ def tune(case: Case, target: str | None, *, static: bool = False) -> str:
 
 
 def candidates(op: str) -> list[Config]:
-    """Every combination of the op's space."""
+    """Every combination of the op's space.
+
+    Raises:
+      ValueError: the op has none.
+    """
+    if op not in SPACES:
+        raise ValueError(f"{op} has no tiles to tune; ops must be among {list(SPACES)}")
     space = SPACES[op][1]
     return [dict(zip(space, values)) for values in itertools.product(*space.values())]
 
