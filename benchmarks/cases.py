@@ -26,9 +26,9 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention(Case):
-    """op decode (one query token a request), decode_step (that in `num_layers` layers) or prefill (causal).
+    """op decode (one query token a request), decode_step (that in `num_layers` layers) or prefill.
 
-    Query tokens are the last of their request's kv_len tokens.
+    Query tokens are the last of their request's kv_len tokens; where not `causal`, each sees all of these.
     """
 
     kv_lens: tuple[int, ...]
@@ -38,6 +38,7 @@ class Attention(Case):
     num_kv_heads: int = 8
     head_dim: int = 128
     num_layers: int = 1
+    causal: bool = True
 
     @property
     def num_qo_tokens(self) -> int:
@@ -47,6 +48,20 @@ class Attention(Case):
     def is_dense(self) -> bool:
         """Whether all requests are whole prompts of one length, as kernels without lengths need."""
         return self.qo_lens == self.kv_lens and len(set(self.kv_lens)) == 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Case):
+    """op plan_decode: from the page table to the work list of a decode step.
+
+    This library's alone: FlashInfer plans on the host.
+    """
+
+    kv_lens: tuple[int, ...]
+    page_size: int
+    num_qo_heads: int = 32
+    num_kv_heads: int = 8
+    dtype: str = "int32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,12 +204,23 @@ def _full() -> list[Case]:
         _decode("70b_tp4_b64_4k", 64, 4096, 16, num_qo_heads=16, num_kv_heads=2),
         _decode("qwen3_32b_b32_4k", 32, 4096, 16, num_qo_heads=64),
         _decode("qwen3_235b_tp4_b64_4k", 64, 4096, 16, num_qo_heads=16, num_kv_heads=1),
+        _decode("qwen2_7b_b32_4k", 32, 4096, 16, num_qo_heads=28, num_kv_heads=4),
+        _decode("b32_4k", 32, 4096, 1, dtype="float16"),
+        _decode("b32_4k", 32, 4096, 16, dtype="float16"),
+        _decode("b32_4k", 32, 4096, 256),
+        _decode("b32_4k_d64", 32, 4096, 16, head_dim=64),
+        _decode("b32_4k_d256", 32, 4096, 16, head_dim=256),
     ]
+
+    for name in ("b1_8k", "b128_2k"):
+        batch, kv_len = lengths[name]
+        cases.append(Plan(op="plan_decode", name=name, kv_lens=(kv_len,) * batch, page_size=16))
 
     prompts = {"b1_4k": (1, 4096, 4096), "b1_16k": (1, 16384, 16384), "b4_4k": (4, 4096, 4096)}
     prompts |= {"b16_1k": (16, 1024, 1024)}
     appends = {"append_b8_128_8k": (8, 128, 8192), "spec_b32_4_4k": (32, 4, 4096)}
     appends |= {"chunk_512_32k": (1, 512, 32768)}
+    appends |= {"append_b32_16_8k": (32, 16, 8192)}  # waits for memory
     for page_size in (1, 16):
         cases += [_prefill(name, *shape, page_size) for name, shape in (prompts | appends).items()]
     cases += [_prefill(name, *prompts[name], 64) for name in ("b1_16k", "b4_4k")]
@@ -203,7 +229,16 @@ def _full() -> list[Case]:
         _prefill("b4_4k", *prompts["b4_4k"], 16, dtype="float16"),
         _prefill("70b_tp8_b4_4k", *prompts["b4_4k"], 16, num_qo_heads=8, num_kv_heads=1),
         _prefill("qwen3_32b_b4_4k", *prompts["b4_4k"], 16, num_qo_heads=64),
+        _prefill("mha_b4_4k", *prompts["b4_4k"], 16, num_kv_heads=32),
+        _prefill("mqa_b4_4k", *prompts["b4_4k"], 16, num_kv_heads=4),
+        _prefill("b4_4k_d64", *prompts["b4_4k"], 16, head_dim=64),
+        _prefill("b4_4k_d256", *prompts["b4_4k"], 16, head_dim=256),
+        _prefill("b4_4k_full", *prompts["b4_4k"], 16, causal=False),
     ]
+    # A chunk of one request's prompt and a token each of the others, in one call.
+    mixed = _prefill("mixed", 64, 1, 4096, 16)
+    lens: dict[str, Any] = dict(kv_lens=(8192, *mixed.kv_lens[1:]), qo_lens=(2048,) + (1,) * 63)
+    cases.append(dataclasses.replace(mixed, **lens))
 
     cases += [_append(name, *shape, 16) for name, shape in _APPENDS.items()]
     cases += [_append("b1_4k", 1, 4096, 1), _append("b4_4k", 4, 4096, 1)]
@@ -279,6 +314,8 @@ def _smoke() -> list[Case]:
         dataclasses.replace(decode, kv_lens=(33, 1, 70)),
         dataclasses.replace(prefill, kv_lens=(40, 17), qo_lens=(5, 17)),
         _prefill("b2_32", 2, 32, 32, None, **heads),
+        _prefill("b2_5_40_full", 2, 5, 40, 16, **heads, causal=False),
+        Plan(op="plan_decode", name="ragged", kv_lens=(700, 1, 1500), page_size=16, **heads),
         _append("b2_3", 2, 3, 16),
         Merge(op="merge_states", name="3_states_5", states=3, tokens=5, num_qo_heads=4),
         *_norms(5, 256, "float16"),

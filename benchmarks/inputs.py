@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
 from jaxattn.models import llama
 
 ROPE_THETA = 5e5
@@ -119,6 +119,8 @@ def make_inputs(case: Case) -> Any:
             )
             q = normal(seed, shape=(case.num_qo_tokens, case.num_qo_heads, case.head_dim))
             return AttentionInputs(q, caches, pages, _indptr(case.qo_lens), _indptr(case.kv_lens))
+        case Plan():
+            return _pages(case.kv_lens, case.page_size, rng)
         case Append():
             pages = _pages((case.kv_len,) * case.batch, case.page_size, rng)
             tokens = (case.batch * case.new, case.num_kv_heads, case.head_dim)

@@ -4,7 +4,8 @@ The error is the largest relative error of a row (a token, a page slot): ||out -
 on up to ROWS query tokens of every request, the first and the last among them, or of REQUESTS requests in
 CHECKED_LAYERS of a decode step; everything else in full. A decode loop is held, for LOOP_REQUESTS requests,
 against one prefill of its tokens by the same model in plain jnp: by what it appended in a few layers, and by how far a
-token it took falls short of the likeliest, as a share of the largest logit.
+token it took falls short of the likeliest, as a share of the largest logit. A plan has no reference: its error is 0
+where it is sound, else 1.
 """
 
 import functools
@@ -18,10 +19,19 @@ import numpy as np
 from jax import Array
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
-from benchmarks.inputs import EPS, SHOWN_LAYERS, AttentionInputs, LoopInputs, appended, loop_config
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
+from benchmarks.inputs import (
+    EPS,
+    SHOWN_LAYERS,
+    AttentionInputs,
+    LoopInputs,
+    Pages,
+    appended,
+    loop_config,
+)
 from jaxattn import reference
 from jaxattn.models import llama
+from jaxattn.plan import WorkItem
 
 ROWS = 16
 REQUESTS = 8
@@ -29,7 +39,7 @@ CHECKED_LAYERS = (0, 1, -1)
 LOOP_REQUESTS = 2
 
 # Twice and more what rounding the inputs of the matrix products costs; a wrong row is off by far more.
-TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "int32": 0.0}
 # Every layer rounds: two sound computations of 32 layers differ by 2% of a row of the last.
 LOOP_TOLERANCE = {"bfloat16": 5e-2, "float16": 1e-2, "float32": 1e-4}
 
@@ -58,6 +68,8 @@ def make_oracle(case: Case, inputs: Any) -> Oracle:
         return Oracle(lambda out: _error([out[0][tokens]], [o]), checked)
     if isinstance(case, Loop):
         return _loop_oracle(case, inputs)
+    if isinstance(case, Plan):
+        return Oracle(lambda out: float(not _is_sound(case, inputs, out)), "all")
     expected = _expected(case, inputs)
     return Oracle(lambda out: _error(out, expected), "all")
 
@@ -169,6 +181,36 @@ def _replay(
     return shortfall, appended(caches, block_table, case.kv_len, steps)
 
 
+def _is_sound(case: Plan, pages: Pages, outputs: Sequence[Array]) -> bool:
+    """Whether a plan's items meet every key of every request exactly once, on its pages, and can be merged."""
+    page_ids, page_start, kv_len, rows = map(np.asarray, outputs)
+    sound = np.array_equal(page_ids, pages.indices) and np.array_equal(kv_len, case.kv_lens)
+    sound &= np.array_equal(page_start, pages.indptr[:-1])
+
+    group = case.num_qo_heads // case.num_kv_heads
+    keys, start = (np.repeat(a, group) for a in (case.kv_lens, pages.indptr[:-1]))
+    # Slices would be cut at the bounds, and what lies beyond them go unseen.
+    columns = WorkItem(*rows.T)
+    sound &= bool(rows.min() >= 0)
+    sound &= bool(columns.row_end.max() <= keys.size and columns.kv_end.max() <= keys.max())
+    met = np.zeros((keys.size, keys.max()), np.int32)
+    tiles: dict[Any, list[Any]] = {}
+    for item in (WorkItem(*row) for row in rows.tolist() if row[0] < row[1]):
+        met[item.row_begin : item.row_end, item.kv_begin : item.kv_end] += 1
+        sound &= bool((start[item.row_begin : item.row_end] == item.page_start).all())
+        splits = tiles.setdefault((item.row_begin, item.row_end), [])
+        splits.append((item.split, item.num_splits, item.slot))
+    sound &= np.array_equal(met, np.arange(met.shape[1]) < keys[:, None])
+
+    # The splits of a tile are all there, and no two tiles' partial states share a slot.
+    slots = []
+    for splits in tiles.values():
+        n, slot = len(splits), splits[0][2]
+        sound &= sorted(splits) == [(i, n, slot) for i in range(n)]
+        slots += [slot + i for i in range(n)] if n > 1 else []
+    return sound and len(set(slots)) == len(slots)
+
+
 def _spread(n: int, count: int) -> np.ndarray:
     """Up to `count` of 0 .. n - 1, evenly spread, both ends among them."""
     return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
@@ -186,7 +228,9 @@ def _attention(
     for request, own in rows.items():
         begin, end = inputs.pages.indptr[request : request + 2]
         first = inputs.qo_indptr[request]
-        last_key = case.kv_lens[request] - case.qo_lens[request] + own
+        last_key = np.full_like(own, case.kv_lens[request] - 1)
+        if case.causal:
+            last_key += own - case.qo_lens[request] + 1
         outputs.append(
             _attend(
                 q[first + own],

@@ -96,6 +96,7 @@ def make_tables(results: dict[str, Any], peak_tbps: float | None = None) -> dict
     for name, ops in {
         "decode": ["decode"],
         "decode_step": ["decode_step"],
+        "plan_decode": ["plan_decode"],
         "prefill": ["prefill"],
         "append": ["append"],
         "merge_states": ["merge_states"],
@@ -139,7 +140,7 @@ def label(key: Key, rows: dict[str, Row]) -> str:
     op, name, page_size, dtype = key
     row = next(iter(rows.values()))
     parts = [name]
-    if op in ("decode", "decode_step", "prefill"):
+    if op in ("decode", "decode_step", "plan_decode", "prefill"):
         parts.append(f"{row['num_qo_heads']}/{row['num_kv_heads']}")
         parts.append(f"p{page_size}" if page_size else "contiguous")
     elif page_size:

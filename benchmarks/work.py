@@ -6,9 +6,10 @@ pairs (query, key) that the mask admits; the softmax is not counted. Other ops h
 
 import dataclasses
 
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
+from jaxattn.plan import WorkItem
 
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Work:
     model: str  # the formula, for readers of the results
 
 
-def pairs(qo_len: int, kv_len: int) -> int:
-    """(query, key) pairs of a causal request: query i, of the last qo_len tokens, sees kv_len - qo_len + i + 1 keys."""
+def pairs(qo_len: int, kv_len: int, causal: bool = True) -> int:
+    """(query, key) pairs of a request: query i of the last qo_len tokens sees all keys, or kv_len - qo_len + i + 1."""
+    if not causal:
+        return qo_len * kv_len
     return qo_len * (kv_len - qo_len) + qo_len * (qo_len + 1) // 2
 
 
@@ -31,14 +34,24 @@ def work(case: Case) -> Work:
             q = case.num_qo_tokens * case.num_qo_heads * case.head_dim
             kv = sum(case.kv_lens) * case.num_kv_heads * case.head_dim
             pages = sum(-(-n // case.page_size) for n in case.kv_lens) if case.page_size else 0
-            admitted = sum(map(pairs, case.qo_lens, case.kv_lens))
+            lens = zip(case.qo_lens, case.kv_lens)
+            admitted = sum(pairs(qo_len, kv_len, case.causal) for qo_len, kv_len in lens)
             flops = 4 * case.head_dim * case.num_qo_heads * admitted
             per_layer = (2 * kv + 2 * q) * size + 4 * pages
             layers = f"{case.num_layers} layers x " if case.num_layers > 1 else ""
             return Work(
                 per_layer * case.num_layers,
                 flops * case.num_layers,
-                f"{layers}(bytes: k + v + q + o + 4 per page id; flops: 4 d h per causal pair)",
+                f"{layers}(bytes: k + v + q + o + 4 per page id; "
+                f"flops: 4 d h per {'causal ' if case.causal else ''}pair)",
+            )
+        case Plan():
+            # How many items fill a GPU depends on the GPU; a request takes one at least.
+            batch, fields = len(case.kv_lens), len(WorkItem._fields)
+            return Work(
+                (batch + 1 + batch + fields * batch) * size,
+                None,
+                f"bytes: indptr + last page lengths read + one item of {fields} int32 per request written",
             )
         case Append():
             tokens = case.batch * case.new

@@ -21,6 +21,7 @@ from benchmarks.oracle import make_oracle, tolerance
 from benchmarks.providers import jaxattn as ours
 from benchmarks.timing import Call, Ceilings
 from benchmarks.work import pairs, work
+from jaxattn.plan import WorkItem
 
 SMOKE = cases.select(smoke=True)
 
@@ -45,7 +46,7 @@ def test_select_refuses_what_does_not_exist():
 
 def test_both_runs_cover_every_op():
     ops = {"decode", "decode_step", "decode_loop", "prefill", "append", "merge_states"}
-    ops |= {"rmsnorm", "fused_add_rmsnorm", "rope", "rope_append"}
+    ops |= {"rmsnorm", "fused_add_rmsnorm", "rope", "rope_append", "plan_decode"}
     assert {c.op for c in SMOKE} == ops == {c.op for c in cases.select()}
 
 
@@ -53,6 +54,7 @@ def test_both_runs_cover_every_op():
 def test_pairs_are_the_mask_counted(qo_len, kv_len):
     seen = np.arange(kv_len)[None, :] <= np.arange(qo_len)[:, None] + kv_len - qo_len
     assert pairs(qo_len, kv_len) == seen.sum()
+    assert pairs(qo_len, kv_len, causal=False) == seen.size
 
 
 def test_work_of_decode():
@@ -75,6 +77,26 @@ def test_work_of_prefill():
     )
     contiguous = work(case("prefill", "b1_16k/bfloat16"))
     assert contiguous.bytes == done.bytes - 4 * 16384
+
+
+def test_work_of_other_masks_and_shapes():
+    full = work(case("prefill", "b4_4k_full"))
+    assert full.flops == 4 * 128 * 32 * 4 * 4096 * 4096
+    assert full.bytes == work(case("prefill", "prefill/b4_4k/p16")).bytes
+    assert "causal" not in full.model
+    # 2048 of 8192 tokens, and the last of 4096 for 63 others: 512 + 63 x 256 pages.
+    mixed = work(case("prefill", "mixed"))
+    assert mixed.flops == 4 * 128 * 32 * (2048 * 6144 + 2048 * 2049 // 2 + 63 * 4096)
+    assert mixed.bytes == 2 * 266_240 * 8 * 128 * 2 + 2 * 2111 * 32 * 128 * 2 + 4 * 16_640
+    # K and V of 32 x 4096 tokens, 8 heads of 256; q and o of 32 x 32 heads; 256 page ids a request.
+    wide = work(case("decode", "b32_4k_d256"))
+    assert wide.bytes == 1_073_741_824 + 1_048_576 + 32_768
+
+
+def test_work_of_a_plan():
+    # 128 requests: 129 of indptr and 128 lengths read, 128 items of 9 written, an int32 each.
+    done = work(case("plan_decode", "b128_2k"))
+    assert (done.bytes, done.flops) == (4 * (129 + 128 + 1152), None)
 
 
 def test_work_of_the_others():
@@ -115,7 +137,7 @@ def test_inputs_are_random_and_pages_permuted():
     np.testing.assert_array_equal(x.pages.table.kv_len(16), [33, 1, 70])
 
 
-@pytest.mark.parametrize("small", SMOKE, ids=lambda c: c.id)
+@pytest.mark.parametrize("small", [c for c in SMOKE if c.op != "plan_decode"], ids=lambda c: c.id)
 def test_oracle_passes_ours_and_catches_one_wrong_row(small):
     x = make_inputs(small)
     oracle = make_oracle(small, x)
@@ -126,6 +148,56 @@ def test_oracle_passes_ours_and_catches_one_wrong_row(small):
     assert oracle.error(outputs) > tolerance(small)
     outputs[-1] = outputs[-1].at[-1].set(jnp.nan)
     assert not oracle.error(outputs) <= tolerance(small)
+
+
+def test_oracle_knows_the_mask():
+    small = next(c for c in SMOKE if not getattr(c, "causal", True))
+    x = make_inputs(small)
+    causal = ours.make_call(dataclasses.replace(small, causal=True), x).run()
+    assert make_oracle(small, x).error(causal) > tolerance(small)
+
+
+def moved(field, item, by):
+    """A plan's items with one field of one of them changed."""
+    return lambda items: items.at[item, WorkItem._fields.index(field)].add(by)
+
+
+# A plan of the small case: 4 rows each of 700, 1 and 1500 keys, two of them split; the last item is unused.
+SOUND_PLAN = [
+    WorkItem(0, 4, 0, 0, 0, 384, 0, 2, 0),
+    WorkItem(0, 4, 0, 0, 384, 700, 1, 2, 0),
+    WorkItem(4, 8, 0, 44, 0, 1, 0, 1, 2),
+    WorkItem(8, 12, 0, 45, 0, 512, 0, 3, 2),
+    WorkItem(8, 12, 0, 45, 512, 1024, 1, 3, 2),
+    WorkItem(8, 12, 0, 45, 1024, 1500, 2, 3, 2),
+    WorkItem(0, 0, 0, 0, 0, 0, 0, 1, 0),
+]
+BROKEN_PLANS = {
+    "item dropped": lambda items: items.at[1].set(items[-1]),
+    "item doubled": lambda items: items.at[-1].set(items[2]),
+    "split doubled": lambda items: items.at[-1].set(items[4]),
+    "row missed": moved("row_end", 2, -1),
+    "row beyond": moved("row_end", 5, 1),
+    "rows far beyond": lambda items: items.at[-1, :2].set(jnp.array([20, 24])),
+    "key met twice": moved("kv_begin", 4, -1),
+    "key missed": moved("kv_begin", 0, 1),
+    "key beyond": moved("kv_end", 5, 1),
+    "pages of another": moved("page_start", 2, 1),
+    "split misnumbered": moved("split", 0, 1),
+    "splits miscounted": moved("num_splits", 2, 1),
+    "slot shared": moved("slot", slice(3, 6), -1),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_PLANS.values(), ids=BROKEN_PLANS)
+def test_oracle_catches_a_broken_plan(broken):
+    small = next(c for c in SMOKE if c.op == "plan_decode")
+    x = make_inputs(small)
+    *table, ours_items = ours.make_call(small, x).run()
+    items = jnp.array(SOUND_PLAN)
+    oracle = make_oracle(small, x)
+    assert oracle.error([*table, ours_items]) == oracle.error([*table, items]) == 0
+    assert oracle.error([*table, broken(items)]) == 1
 
 
 def test_in_place_calls_chain():
@@ -357,6 +429,11 @@ def test_tune_sweeps_fields_that_exist(op):
     config = typing.get_type_hints(module.default_config)["return"]
     assert set(space) <= {field.name for field in dataclasses.fields(config)}
     assert len(tune.candidates(op)) == np.prod([len(values) for values in space.values()])
+
+
+def test_tune_refuses_what_has_no_tiles():
+    with pytest.raises(ValueError, match="plan_decode has no tiles to tune; ops must be among"):
+        tune.tune(next(c for c in SMOKE if c.op == "plan_decode"), None)
 
 
 def test_tune_overrides_the_default_in_its_own_thread_only():

@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
     if not takes(case):
         return {}
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     return {"cudnn": lambda: dense_prefill(case, inputs, attend)}
 
 
@@ -29,13 +29,13 @@ def takes(case: Case) -> bool:
 
 
 def dense_prefill(case: Case, x: AttentionInputs, attend: Callable[..., jax.Array]) -> Call:
-    """`attend(q, k, v)` on [b, t, heads, d] arrays."""
+    """`attend(q, k, v, is_causal=...)` on [b, t, heads, d] arrays."""
     assert isinstance(case, Attention)
     arrays = (x.q, *x.caches[0].arrays)
     q, k, v = (a.reshape(len(case.kv_lens), -1, *a.shape[-2:]) for a in arrays)
 
     @jax.jit
     def prefill(q, k, v):
-        return attend(q, k, v).reshape(x.q.shape)
+        return attend(q, k, v, is_causal=case.causal).reshape(x.q.shape)
 
     return Call(lambda: (prefill(q, k, v),))

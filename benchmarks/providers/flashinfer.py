@@ -12,7 +12,7 @@ import flashinfer
 import jax
 import torch
 
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
 from benchmarks.inputs import EPS, AttentionInputs
 from benchmarks.timing import Call
 
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
-    if jax.default_backend() != "gpu" or isinstance(case, Loop):
+    if jax.default_backend() != "gpu" or isinstance(case, Loop | Plan):
         return {}
     if not isinstance(case, Attention):
         calls = {"flashinfer": lambda: _call(case, inputs)}
@@ -208,7 +208,7 @@ def _decode(case: Attention, x: AttentionInputs, choice: str) -> Call:
 
 def _prefill(case: Attention, x: AttentionInputs, choice: str) -> Call:
     shape = (case.num_qo_heads, case.num_kv_heads, case.head_dim)
-    how = dict(causal=True, q_data_type=getattr(torch, case.dtype))
+    how = dict(causal=case.causal, q_data_type=getattr(torch, case.dtype))
     if case.page_size is not None:
         paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend=choice)
         paged.plan(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Rope, RopeAppend
+from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
 from benchmarks.inputs import EPS, AttentionInputs, LoopInputs, appended, loop_config
 from benchmarks.timing import Call
 from jaxattn.generate import Requests, Sampling, State, decode_steps
@@ -37,6 +37,11 @@ def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool 
     match case:
         case Attention():
             return _attention(case, x, backend)
+        case Plan():
+            shape: dict[str, Any] = dict(page_size=case.page_size)
+            shape |= dict(num_qo_heads=case.num_qo_heads, num_kv_heads=case.num_kv_heads)
+            plan = jax.jit(functools.partial(ja.plan_decode, **shape))
+            return Call(lambda: jax.tree.leaves(plan(x.table)))
         case Append():
 
             def append(k, v, key, value, batch_indices, positions, table):
@@ -133,11 +138,11 @@ def _norm_rope_append(
 
 def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call:
     heads: dict[str, Any] = dict(num_qo_heads=case.num_qo_heads, num_kv_heads=case.num_kv_heads)
-    tokens: dict[str, Any] = dict(num_qo_tokens=case.num_qo_tokens)
+    queries: dict[str, Any] = dict(num_qo_tokens=case.num_qo_tokens, causal=case.causal)
     qo_indptr = jnp.asarray(x.qo_indptr)
     if case.page_size is None:
         k, v = (pages[:, 0] for pages in x.caches[0].arrays)
-        plan_ragged = jax.jit(functools.partial(ja.plan_ragged_prefill, **heads, **tokens))
+        plan_ragged = jax.jit(functools.partial(ja.plan_ragged_prefill, **heads, **queries))
         ragged_plan = plan_ragged(qo_indptr, jnp.asarray(x.kv_indptr))
         ragged = jax.jit(functools.partial(ja.ragged_prefill, backend=backend))
         return Call(lambda: (ragged(x.q, k, v, ragged_plan),))
@@ -151,7 +156,7 @@ def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call
             decode_plan = plan_decode(x.pages.table)
             return Call(lambda: (decode(x.q, x.caches[0], decode_plan),))
         case "prefill":
-            plan = jax.jit(functools.partial(ja.plan_prefill, **heads, **tokens))
+            plan = jax.jit(functools.partial(ja.plan_prefill, **heads, **queries))
             prefill_plan = plan(qo_indptr, x.pages.table)
             prefill = jax.jit(functools.partial(ja.paged_prefill, backend=backend))
             return Call(lambda: (prefill(x.q, x.caches[0], prefill_plan),))

@@ -1,6 +1,5 @@
 """tokamax's attention, by its own choice of kernel: whole prompts of one length, contiguous keys."""
 
-import functools
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -19,5 +18,4 @@ def versions() -> dict[str, str]:
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
     if not takes(case):
         return {}
-    attend = functools.partial(tokamax.dot_product_attention, is_causal=True)
-    return {"tokamax": lambda: dense_prefill(case, inputs, attend)}
+    return {"tokamax": lambda: dense_prefill(case, inputs, tokamax.dot_product_attention)}
