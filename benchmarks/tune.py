@@ -1,7 +1,7 @@
 """`python -m benchmarks tune`: an op under every tile configuration, beside the default; for those who set defaults.
 
-Configurations that spill registers, or serialise tensor-core instructions, are rejected by compiling for the GPU's
-description alone. The library itself never tunes: it looks its defaults up.
+Configurations that spill registers are rejected by compiling for the GPU's description alone. The library itself never
+tunes: it looks its defaults up.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def _compile(case: Case, config: Config, target: str | None) -> tuple[list[Kerne
         reports = _with(config, lambda: compile_for(target, op, structs))
     except Exception as error:
         return [], f"does not compile: {error}".splitlines()[0][:80]
-    return reports, "; ".join(fault for report in reports for fault in report.faults)[:80]
+    return reports, "; ".join(fault for report in reports for fault in report.spills)[:80]
 
 
 def _times(

@@ -4,7 +4,7 @@ Attention work is a list of tiles, each up to `block_rows` packed rows (query to
 of one request. A tile whose keys exceed a fair share of the batch's total is split along its keys, so that any mix
 of lengths fills the GPU (FlashDecoding; Stream-K's fair share). With `fill` work items needed to fill it,
 
-    share = total keys / fill (or MIN_BLOCKS, if more),   splits of a tile = its keys / share, rounded, at least 1
+    share = total keys / fill (at least a block, or several),   splits of a tile = its keys / share, rounded, at least 1
 
 never makes more than `num_tiles + fill` items, of which at most `4 / 3 * fill` belong to split tiles. These bounds come
 from shapes alone, so the contents of the index arrays are free: other lengths never recompile. Nothing is read on the
@@ -30,9 +30,11 @@ MIN_ROWS = 16
 MAX_DECODE_ROWS = 64
 MAX_ROWS = 128
 MAX_FEW_ROWS = 32  # tiles up to here only wait for memory
-# The least share, so that merging many short splits does not take longer than reading their keys. Not settled by a
-# measurement of its own: H200, 1 x 8192 takes 16.4 us with shares of 2 blocks and 16.9, on another card, with 4.
-MIN_BLOCKS = 4
+SEES_ALL = 2**30  # a causal offset beyond all keys
+# The least share of tall tiles: a split writes and merges rows that cost more than the keys it saves. H200, prefill of
+# 1 x 512: 21.4 us; 1 or 2 blocks 25.3; 4 x 64 on 2048: 41.4 us, 8 blocks 47.2. Tiles of few rows gain to the last
+# block: decode of 1 x 1024 8.1 us, 2 blocks 9.2, 4 blocks 11.7; 1 x 8192 15.2, 15.3, 16.6; 3 x 5000 and more the same.
+MIN_TALL_BLOCKS = 4
 
 
 class WorkItem(NamedTuple):
@@ -43,7 +45,7 @@ class WorkItem(NamedTuple):
 
     row_begin: Array  # the tile's rows are row_begin .. row_end - 1, at most block_rows of them
     row_end: Array
-    causal_offset: Array  # where the plan is causal, query token i sees the keys j < i + it
+    causal_offset: Array  # query token i sees the keys j < i + it; that of decode, all
     page_start: Array  # the request's first entry in page_indices; its first contiguous key
     kv_begin: Array  # the item's keys are kv_begin .. kv_end - 1
     kv_end: Array
@@ -157,13 +159,16 @@ def plan_decode(
     tiles_per_request = row.size // page_table.batch_size
     num_sms = num_sms or default_num_sms()
     adaptive = fixed_split_size is None and not disable_split_kv
-    programs_per_sm = _programs_per_sm(block_rows, row.size * num_kv_heads, num_sms, adaptive)
+    programs_per_sm = _programs_per_sm(
+        block_rows, group, row.size * num_kv_heads, num_sms, adaptive
+    )
     items, num_slots = _work_list(
         tile,
         -(-programs_per_sm * num_sms // num_kv_heads),
         0 if disable_split_kv else fixed_split_size and fixed_split_size * page_size,
         # A full split takes as many pages of the table; each tile has at most one that is not full.
         row.size + tiles_per_request * (page_table.indices.size // (fixed_split_size or 1)),
+        tall=block_rows > MAX_FEW_ROWS,
     )
     return DecodePlan(
         page_table.indices,
@@ -301,24 +306,22 @@ def _plan_prefill(
     request, nth, used = _expand(tiles, capacity)
     row_begin = begin[request] * group + nth * block_rows
     row_end = jnp.where(used, jnp.minimum(row_begin + block_rows, end[request] * group), row_begin)
-    # The last query of a request sees all its keys, also where q ends before it.
+    # The last query of a request sees all its keys, also where q ends before it; without a mask every query does.
     causal_offset = keys[request] - jnp.append(qo_indptr[1:], jnp.int32(0))[request] + 1
-    kv_end = keys[request]
-    if causal:
-        last_token = (row_end - 1) // group
-        kv_end = jnp.clip(last_token + causal_offset, 0, kv_end)
-    kv_end = jnp.where(used, kv_end, 0)
+    if not causal:
+        causal_offset = jnp.full_like(causal_offset, SEES_ALL)
+    last_token = (row_end - 1) // group
+    kv_end = jnp.where(used, jnp.clip(last_token + causal_offset, 0, keys[request]), 0)
     tile = _Tile(row_begin, row_end, causal_offset, start[request], kv_end)
     num_sms = num_sms or default_num_sms()
-    programs_per_sm = _programs_per_sm(block_rows, batch * num_kv_heads, num_sms, adaptive)
+    programs_per_sm = _programs_per_sm(block_rows, group, batch * num_kv_heads, num_sms, adaptive)
     items, num_slots = _work_list(
         tile,
         -(-programs_per_sm * num_sms // num_kv_heads),
         0 if disable_split_kv else fixed_split_size and fixed_split_size * page_size,
         # Any tile may be of the one request that has all pages.
         0 if page_indices is None else capacity * -(-page_indices.size // (fixed_split_size or 1)),
-        # A request's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
-        backwards=block_rows > MAX_FEW_ROWS,
+        tall=block_rows > MAX_FEW_ROWS,
     )
     return PrefillPlan(
         qo_indptr,
@@ -355,13 +358,18 @@ def _with_pages(page_table: PageTable) -> PageTable:
     return dataclasses.replace(page_table, indices=jnp.zeros(1, jnp.int32))
 
 
-def _programs_per_sm(block_rows: int, whole_programs: int, num_sms: int, adaptive: bool) -> int:
+def _programs_per_sm(
+    block_rows: int, group: int, whole_programs: int, num_sms: int, adaptive: bool
+) -> int:
     """How many programs to run on a multiprocessor at once.
 
     Two that load two tiles of keys at a time; or, for tiles of few rows, four that load one, unless the programs of
     whole tiles are too few to fill the GPU. Where a request must not see the batch around it, they always have four.
+
+    H200, decode, two and four: 8 x 4096 37.1 and 38.3 us, 16 x 4096 66.4 and 69.0; but 12 x 3000 42.4 and 41.1, and a
+    group of one, whose tiles are smaller, 4 x 4096 of 32/32 heads, 71.0 and 69.4.
     """
-    if block_rows > MAX_FEW_ROWS or adaptive and whole_programs <= num_sms:
+    if block_rows > MAX_FEW_ROWS or adaptive and group > 1 and whole_programs <= num_sms:
         return 2
     return 4
 
@@ -391,10 +399,10 @@ class _Tile(NamedTuple):
     kv_end: Array
 
 
-def _fair_splits(kv_end: Array, fill: int) -> tuple[Array, Array]:
+def _fair_splits(kv_end: Array, fill: int, min_blocks: int) -> tuple[Array, Array]:
     """The splits of each tile, and the keys of a split, where `fill` items share the keys fairly."""
     blocks = -(-kv_end // KV_BLOCK)
-    share = jnp.maximum(-(-blocks.sum(dtype=jnp.int32) // fill), MIN_BLOCKS)
+    share = jnp.maximum(-(-blocks.sum(dtype=jnp.int32) // fill), min_blocks)
     # Rounded: a second split for the little that exceeds a share would cost more than it saves.
     splits = jnp.maximum((2 * blocks + share) // (2 * share), 1)
     # Even pieces; rounding them to whole blocks may need one fewer.
@@ -403,7 +411,7 @@ def _fair_splits(kv_end: Array, fill: int) -> tuple[Array, Array]:
 
 
 def _work_list(
-    tile: _Tile, fill: int, split_size: int | None, max_splits: int, backwards: bool = False
+    tile: _Tile, fill: int, split_size: int | None, max_splits: int, *, tall: bool
 ) -> tuple[Array, int]:
     """The items int32 [w, 9] of some tiles, and the capacity for partial states that they need.
 
@@ -412,11 +420,11 @@ def _work_list(
       fill: items that fill the GPU, where `split_size` is None.
       split_size: keys of a split, fixed; 0: tiles stay whole.
       max_splits: splits of all tiles together, at most, where the size is fixed.
-      backwards: list the last tile first.
+      tall: the tiles have more than MAX_FEW_ROWS rows.
     """
     num_tiles = tile.kv_end.size
     if split_size is None:
-        splits, piece = _fair_splits(tile.kv_end, fill)
+        splits, piece = _fair_splits(tile.kv_end, fill, MIN_TALL_BLOCKS if tall else 1)
         capacity, num_slots = num_tiles + fill, -(-4 * fill // 3)
     elif split_size:
         splits = jnp.maximum(-(-tile.kv_end // split_size), 1)
@@ -426,7 +434,8 @@ def _work_list(
         splits, piece = jnp.ones_like(tile.kv_end), tile.kv_end
         capacity, num_slots = num_tiles, 0
 
-    owner, nth, used = _expand(splits, capacity, backwards)
+    # A request's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
+    owner, nth, used = _expand(splits, capacity, backwards=tall)
     partials = jnp.where(splits > 1, splits, 0)
     slot = jnp.cumsum(partials, dtype=jnp.int32) - partials
     item = WorkItem(

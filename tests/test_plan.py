@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxattn as ja
-from jaxattn.plan import KV_BLOCK, MIN_BLOCKS, WorkItem
+from jaxattn.plan import KV_BLOCK, WorkItem
 
 NUM_SMS = 132
 DECODE_STATICS = ["page_size", "num_qo_heads", "num_kv_heads", "num_sms"]
@@ -91,7 +91,7 @@ def test_decode_plan_fills_the_gpu(lengths):
     assert plan.programs_per_sm == (2 if few else 4)
     fill = plan.programs_per_sm * NUM_SMS / kv_heads
     assert plan.items.shape[0] >= len(lengths) + fill
-    share = max(sum(-(-n // KV_BLOCK) for n in lengths) / fill, MIN_BLOCKS) + 1
+    share = max(sum(-(-n // KV_BLOCK) for n in lengths) / fill, 1) + 1
     longest = max(item.kv_end - item.kv_begin for item in items_of(plan))
     assert longest <= (1.5 * share + 1) * KV_BLOCK
 

@@ -41,10 +41,14 @@ def default_config(num_tokens: int, num_heads: Sequence[int], head_dim: int) -> 
         # Few heads: several tokens a program. 4096 tokens 8/1 d128: 6.37, a token a program 7.10 to
         # 7.26; rope_append with norms 8.35 to 8.99; with 4 warps 7.78 and 9.25.
         return Config(8192 // token, 1, num_warps=2)
+    head_blocks = max(1, token // 8192)
+    if num_tokens * token <= 2**23 and token > 4096:
+        # 32/8 d128, 512 tokens: 3.94, 4 warps 4.22, two programs a token 3.87; 1024 tokens 6.34, 6.56, 6.94.
+        return Config(1, head_blocks, num_warps=2)
     # 1024 elements of q a warp. 16384 tokens 32/8 d128: 86.5; 2 warps 92.4, 8 warps 96.5, two
     # programs of 2 warps 89.5; rope_append 103.9; 112.7, 106.1, 110.5. 4096 tokens 64/8 d128: 39.3,
     # one program of 4 warps 40.1; 32/8 d64: 12.1, 4 warps 13.6.
-    return Config(1, max(1, token // 8192), num_warps=4 if token > 4096 else 2)
+    return Config(1, head_blocks, num_warps=4 if token > 4096 else 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,9 @@ def default_config(
         if head_dim > 64 and not wgmma:
             # mma.sync keeps its operands in registers: for an A100, 4 warps spill and 8 do not.
             return Config(min(block_rows, 64), block_kv=64, num_warps=8, num_stages=3)
+        if head_dim <= 64 and wgmma:
+            # 4 x 4096, head_dim 64: 767 us, although registers do for one product at a time only (C7511); 64 keys 849.
+            return Config(block_rows, block_kv=128, num_warps=4, num_stages=2)
         # 4 x 4096: 473 TFLOP/s; 2 stages 455. With a loop of its own for masked tiles, 128 rows 461, 64 rows 398, 256
         # rows and 16 warps 450. One stage is that of the page ids: contiguous keys want 2 (500 TFLOP/s), with which two
         # programs fit on a multiprocessor.
@@ -95,16 +98,24 @@ class Merging:
     states: int  # at once
 
     @classmethod
-    def of(cls, plan: DecodePlan | PrefillPlan, config: Config, head_dim: int) -> "Merging | None":
+    def of(
+        cls, plan: DecodePlan | PrefillPlan, config: Config, head_dim: int, *, wgmma: bool
+    ) -> "Merging | None":
         """None where no tile is ever split."""
         if not plan.num_slots:
             return None
         group = plan.num_qo_heads // plan.num_kv_heads
         most = min(group, config.block_rows) if isinstance(plan, DecodePlan) else config.block_rows
-        rows = min(pow2(most), 16)
         # 64 elements a thread: what the accumulator of the largest tiles takes, so no more registers.
-        elements = 2048 * config.num_warps
-        return cls(rows, min(32, max(1, elements // (rows * pow2(head_dim)))))
+        elements = 2048 * config.num_warps // pow2(head_dim)
+        if config.block_rows > MAX_FEW_ROWS:
+            # 512 on 32768, two splits: 589 us; 16 rows of 4 states 603, twice as many elements 598.
+            return cls(min(pow2(most), elements // 2), 2)
+        # Few programs leave registers for twice as many, except in code for an A100, which would spill. Decode of
+        # 1 x 8192: 15.2 us; 16.0.
+        rows = min(pow2(most), 16)
+        elements *= 2 if plan.programs_per_sm == 2 and wgmma else 1
+        return cls(rows, min(32, max(1, elements // rows)))
 
 
 def _attention_kernel(
@@ -318,7 +329,7 @@ def _attention(
         paged=plan.page_indices is not None,
         wgmma=has_wgmma(),
     )
-    merging = Merging.of(plan, config, d)
+    merging = Merging.of(plan, config, d, wgmma=has_wgmma())
     parts = plan.block_rows // config.block_rows
     indices = () if plan.page_indices is None else (plan.page_indices,)
     columns = plan.num_slots * plan.num_kv_heads * parts
@@ -337,7 +348,9 @@ def _attention(
             parts=parts,
             config=config,
             page_size=plan.page_size,
-            causal=plan.causal,
+            # Decode's one token sees all keys. A prefill without a mask says so by its offsets: compiled without the
+            # comparison, the kernel spills.
+            causal=isinstance(plan, PrefillPlan),
             strides=strides,
             softmax=OnlineSoftmax(
                 sm_scale, late_sum=config.block_rows <= MAX_FEW_ROWS, interpret=interpret
