@@ -93,10 +93,11 @@ def make_tables(results: dict[str, Any], peak_tbps: float | None = None) -> dict
         tables["summary"] = summary
     if loops := _loops(cases):
         tables["decode_loop"] = loops
+    if plans := _plans(cases):
+        tables["plan_decode"] = plans
     for name, ops in {
         "decode": ["decode"],
         "decode_step": ["decode_step"],
-        "plan_decode": ["plan_decode"],
         "prefill": ["prefill"],
         "append": ["append"],
         "merge_states": ["merge_states"],
@@ -145,7 +146,7 @@ def label(key: Key, rows: dict[str, Row]) -> str:
         parts.append(f"p{page_size}" if page_size else "contiguous")
     elif page_size:
         parts.append(f"p{page_size}")
-    if dtype != "bfloat16":
+    if dtype not in ("bfloat16", "int32"):  # int32: a plan, which has no other
         parts.append(dtype)
     return " ".join(parts)
 
@@ -199,6 +200,16 @@ def _loops(cases: dict[Key, dict[str, Row]]) -> str:
             )
     head = ["case", "us a step, wall clock", "us of kernels", "kernels", "beyond kernels"]
     return _markdown([*head, "TB/s", "of roof"], lines) if lines else ""
+
+
+def _plans(cases: dict[Key, dict[str, Row]]) -> str:
+    """A line a plan: no roof bounds it. Maybe empty."""
+    lines = [
+        [label(key, rows), _us(rows[OURS]), str(rows[OURS]["kernels"])]
+        for key, rows in cases.items()
+        if key[0] == "plan_decode" and rows[OURS]["ok"]
+    ]
+    return _markdown(["case", "us", "kernels"], lines) if lines else ""
 
 
 def _summary(cases: dict[Key, dict[str, Row]]) -> str:

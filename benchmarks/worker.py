@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -226,7 +227,9 @@ def _driver() -> str | None:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    """Its first line; of files, without the folders of the machine that they lie in."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return re.sub(r"(?<![\w.:/])/(?:[^\s/:]+/)+", "", text)[:300]
 
 
 if __name__ == "__main__":

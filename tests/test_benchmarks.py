@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, profile, providers, report, timing, tune
+from benchmarks import cases, profile, providers, report, timing, tune, worker
 from benchmarks import run as benchmarks_run
 from benchmarks.inputs import make_inputs
 from benchmarks.oracle import make_oracle, tolerance
@@ -443,3 +443,15 @@ def test_tune_overrides_the_default_in_its_own_thread_only():
             tune._with({"num_warps": 2}, lambda: module.default_config(1, 4096, 1)).num_warps == 2
         )
         assert module.default_config(1, 4096, 1).num_warps != 2
+
+
+@pytest.mark.parametrize(
+    "text,kept",
+    [
+        ("no /home/someone/.cache/a-b/x.so: 3", "no x.so: 3"),
+        ("at '/usr/lib/y.py'", "at 'y.py'"),
+        ("csrc/a/z.cu, 1/2, see https://example.org/a/b", None),
+    ],
+)
+def test_failures_name_files_without_the_folders_of_a_machine(text, kept):
+    assert worker._short(OSError(text)) == f"OSError: {kept or text}"
