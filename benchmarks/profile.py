@@ -26,7 +26,7 @@ METRICS = (
     "launch__registers_per_thread",
     "launch__waves_per_multiprocessor",
 )
-# A call is one kernel or, where keys were split, two: the first four launches warm up.
+# The first four launches warm up.
 CALLS, SKIPPED_LAUNCHES, LAUNCHES = 6, 4, 2
 
 

@@ -38,7 +38,7 @@ _ATTENTION: dict[str, tuple[Any, ...]] = dict(
 _NORM: dict[str, tuple[Any, ...]] = dict(
     block_rows=(1, 4, 8),
     block=(256, 512, 1024, 2048, 4096),
-    kept_tiles=(4, 10),
+    kept_tiles=(4, 8, 10, 12),
     num_warps=(1, 2, 4, 8, 16),
 )
 _HEADS: dict[str, tuple[Any, ...]] = dict(

@@ -32,8 +32,8 @@ MAX_ROWS = 128
 MAX_FEW_ROWS = 32  # tiles up to here only wait for memory
 SEES_ALL = 2**30  # a causal offset beyond all keys
 # The least share of tall tiles: a split writes and merges rows that cost more than the keys it saves. H200, prefill of
-# 1 x 512: 21.4 us; 1 or 2 blocks 25.3; 4 x 64 on 2048: 41.4 us, 8 blocks 47.2. Tiles of few rows gain to the last
-# block: decode of 1 x 1024 8.1 us, 2 blocks 9.2, 4 blocks 11.7; 1 x 8192 15.2, 15.3, 16.6; 3 x 5000 and more the same.
+# 1 x 512: 21.4 us; a block 25.3, two 25.7; 4 x 64 on 2048: 41.4 us, 8 blocks 47.2. Tiles of few rows gain to the last
+# block: decode of 1 x 1024 8.1 us, 2 blocks 9.2, 4 blocks 11.5; 1 x 8192 15.2, 15.3, 16.6; within 3% at more keys.
 MIN_TALL_BLOCKS = 4
 
 
@@ -45,7 +45,7 @@ class WorkItem(NamedTuple):
 
     row_begin: Array  # the tile's rows are row_begin .. row_end - 1, at most block_rows of them
     row_end: Array
-    causal_offset: Array  # query token i sees the keys j < i + it; that of decode, all
+    causal_offset: Array  # of prefill: query token i sees the keys j < i + it; SEES_ALL: all
     page_start: Array  # the request's first entry in page_indices; its first contiguous key
     kv_begin: Array  # the item's keys are kv_begin .. kv_end - 1
     kv_end: Array
@@ -366,8 +366,8 @@ def _programs_per_sm(
     Two that load two tiles of keys at a time; or, for tiles of few rows, four that load one, unless the programs of
     whole tiles are too few to fill the GPU. Where a request must not see the batch around it, they always have four.
 
-    H200, decode, two and four: 8 x 4096 37.1 and 38.3 us, 16 x 4096 66.4 and 69.0; but 12 x 3000 42.4 and 41.1, and a
-    group of one, whose tiles are smaller, 4 x 4096 of 32/32 heads, 71.0 and 69.4.
+    H200, decode, two and four: 8 x 4096 37.1 and 38.3 us, 16 x 4096 66.4 and 69.0; 12 x 3000, where the rule errs, 42.4
+    and 41.1. A group of one, whose tiles are smaller, always has four: 4 x 4096 of 32/32 heads, 71.0 and 69.4.
     """
     if block_rows > MAX_FEW_ROWS or adaptive and group > 1 and whole_programs <= num_sms:
         return 2
@@ -434,7 +434,7 @@ def _work_list(
         splits, piece = jnp.ones_like(tile.kv_end), tile.kv_end
         capacity, num_slots = num_tiles, 0
 
-    # A request's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
+    # A prompt's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
     owner, nth, used = _expand(splits, capacity, backwards=tall)
     partials = jnp.where(splits > 1, splits, 0)
     slot = jnp.cumsum(partials, dtype=jnp.int32) - partials

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import typing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -351,6 +352,15 @@ def test_out_of_budget_says_what_was_left_out(monkeypatch, tmp_path):
     run = scripted_run(monkeypatch, tmp_path, script, budget=0)
     run.measure(["a", "b"], flags="")
     assert run.meta["failures"] == {"b": "out of budget"}
+
+
+def test_the_readme_tells_what_the_results_hold():
+    """No number in its tables but from the file, and no table left out."""
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text()
+    tables = report.make_tables(json.loads((root / "benchmarks/results/h200.json").read_text()))
+    assert report.fill(readme, tables) == readme
+    assert all(f"<!-- benchmarks:{name} -->" in readme for name in tables)
 
 
 def test_report_fills_only_what_is_marked(smoke_results):

@@ -1,5 +1,7 @@
 """The compile report reads three texts of other tools; these are cut from real ones."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks import compile_report as cr
@@ -93,6 +95,14 @@ def test_spills_and_serialised_wgmma_are_faults():
     assert (report.spill_stores, report.spill_loads, report.local_memory) == (4692, 4316, 2696)
     assert (report.registers, report.static_shared) == (255, 512)
     assert report.faults == ("4692 + 4316 bytes spilled", SERIALIZED)
+
+
+def test_a_case_accepts_one_kind_of_fault_only():
+    [report] = cr.kernel_reports(PTX, SPILLED, LAUNCHES)
+    cold, hot = (cr.Case("a", lambda: (abs, ()), hot=hot) for hot in (False, True))
+    assert cold.faults(report) == [] and hot.faults(report) == list(report.faults)
+    accepting = dataclasses.replace(hot, accepted="serialized")
+    assert accepting.faults(report) == ["4692 + 4316 bytes spilled"]
 
 
 def test_clean_kernel_has_no_fault():

@@ -66,7 +66,7 @@ DECODE_LENGTHS = {
 
 
 @pytest.mark.parametrize("lengths", DECODE_LENGTHS.values(), ids=DECODE_LENGTHS.keys())
-@pytest.mark.parametrize("heads,kv_heads", [(32, 8), (32, 32), (8, 1), (21, 3)])
+@pytest.mark.parametrize("heads,kv_heads", [(32, 8), (32, 32), (8, 1), (21, 3), (71, 1)])
 def test_decode_plan(lengths, heads, kv_heads):
     plan = plan_decode(
         table_of(lengths, 16),
@@ -94,6 +94,22 @@ def test_decode_plan_fills_the_gpu(lengths):
     share = max(sum(-(-n // KV_BLOCK) for n in lengths) / fill, 1) + 1
     longest = max(item.kv_end - item.kv_begin for item in items_of(plan))
     assert longest <= (1.5 * share + 1) * KV_BLOCK
+
+
+def test_slots_are_as_many_as_can_be_needed():
+    """Tiles of three blocks where a share is two: each takes two slots, and no mix of lengths takes more."""
+    plan = plan_decode(
+        table_of([3 * KV_BLOCK] * 8, 16), page_size=16, num_qo_heads=1, num_kv_heads=1, num_sms=3
+    )
+    check_coverage(plan, np.full(8, 3 * KV_BLOCK))
+    assert all(item.num_splits == 2 for item in items_of(plan) if item.row_end > item.row_begin)
+    assert plan.num_slots == 16
+
+
+def test_groups_of_one_have_four_programs():
+    heads = dict(num_qo_heads=32, num_kv_heads=32)
+    plan = plan_decode(table_of([4096] * 4, 16), page_size=16, num_sms=NUM_SMS, **heads)
+    assert plan.programs_per_sm == 4
 
 
 @pytest.mark.parametrize("page_size,pages", [(1, 300), (16, 8), (16, 3), (256, 1)])
@@ -173,6 +189,22 @@ def test_prefill_plan(qo_lens, kv_lens, heads, kv_heads, causal):
     ]
     keys = np.concatenate([*keys, np.zeros(padding)]).astype(int)
     check_coverage(plan, np.repeat(keys, group))
+
+
+def test_tall_tiles_share_out_several_blocks_and_come_last_first():
+    """A prompt of 512: its splits are not worth their merging; its last rows, which see the most, are begun first."""
+    plan = plan_prefill(
+        jnp.asarray([0, 512], jnp.int32),
+        table_of([512], 16),
+        page_size=16,
+        num_qo_tokens=512,
+        num_qo_heads=32,
+        num_kv_heads=8,
+        num_sms=NUM_SMS,
+    )
+    items = [item for item in items_of(plan) if item.row_end > item.row_begin]
+    assert plan.block_rows == 128 and all(item.num_splits == 1 for item in items)
+    assert [item.row_begin for item in items] == list(range(512 * 4 - 128, -1, -128))
 
 
 def test_ragged_plan():

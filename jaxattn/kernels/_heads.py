@@ -43,7 +43,8 @@ def default_config(num_tokens: int, num_heads: Sequence[int], head_dim: int) -> 
         return Config(8192 // token, 1, num_warps=2)
     head_blocks = max(1, token // 8192)
     if num_tokens * token <= 2**23 and token > 4096:
-        # 32/8 d128, 512 tokens: 3.94, 4 warps 4.22, two programs a token 3.87; 1024 tokens 6.34, 6.56, 6.94.
+        # 32/8 d128, 512 tokens: 3.94, 4 warps 4.22, two programs a token 3.87; 1024 tokens 6.34, 6.56,
+        # 6.94. rope_append was not measured here.
         return Config(1, head_blocks, num_warps=2)
     # 1024 elements of q a warp. 16384 tokens 32/8 d128: 86.5; 2 warps 92.4, 8 warps 96.5, two
     # programs of 2 warps 89.5; rope_append 103.9; 112.7, 106.1, 110.5. 4096 tokens 64/8 d128: 39.3,

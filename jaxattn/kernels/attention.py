@@ -106,7 +106,7 @@ class Merging:
             return None
         group = plan.num_qo_heads // plan.num_kv_heads
         most = min(group, config.block_rows) if isinstance(plan, DecodePlan) else config.block_rows
-        # 64 elements a thread: what the accumulator of the largest tiles takes, so no more registers.
+        # 64 elements a thread: half of what the accumulator of the largest tiles takes.
         elements = 2048 * config.num_warps // pow2(head_dim)
         if config.block_rows > MAX_FEW_ROWS:
             # 512 on 32768, two splits: 589 us; 16 rows of 4 states 603, twice as many elements 598.

@@ -42,16 +42,16 @@ def default_config(num_rows: int, hidden: int, num_inputs: int) -> Config:
     block_rows = max(1, 1024 // pow2(hidden))
     if num_rows * pow2(hidden) <= (2**21 if num_inputs == 1 else 2**23):
         # Few rows: 16 elements a thread. 1 x 4096: 8 warps 1.70, 4 warps 1.86, 2 warps 2.15; 128 x
-        # 4096: 2.2 by 4 to 16 warps; of two inputs as well (1.8; 2.5 to 2.7). 2048 x 2560: one input
-        # 7.1, a warp a row 6.8; two inputs 11.8 and 13.0.
+        # 4096: 2.2 by 4 to 16 warps; of two inputs as well (1.8; 2.5 to 2.7). 2048 x 2560: 7.9 and, a
+        # warp a row, 6.8; of two inputs 11.8 and 13.0.
         num_warps = max(1, min(16, block_rows * pow2(hidden) // 512))
     elif hidden <= 3072:
         # A row fits a warp, which sums it without a barrier. 16384 x 2560: 42.4, 2 warps 44.1, 8 warps
         # 47.7; 163840 x 128: 21.4, 2 warps 22.1, half as many rows 26.2; 262144 x 111: 37.0, 42.2, 41.8.
-        # 16384 x 3072: 50.6, 4 warps 51.4; 16384 x 3584: 66.1 and 60.4.
+        # 16384 x 3072: 50.6, 4 warps 51.4; of two inputs 98.1 and 101.5.
         num_warps = 1
     elif hidden < 4096:
-        # In tiles of 1024 columns, of which fewer are empty. 16384 x 2560: 43.4, and by 2048, 47.4.
+        # 16384 x 3584: 60.8 (another run 60.4), 8 warps 60.8, one 66.1; of two inputs 119.2, 117.3, 115.8.
         num_warps = 4
     elif num_inputs > 1 and hidden <= 8192:
         # Two inputs, 8192 x 8192: 16 warps 137.7, 8 warps 140.3; 16384 x 4096: 133.9 and 135.2.
