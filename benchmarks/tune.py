@@ -26,7 +26,7 @@ from benchmarks.oracle import make_oracle, tolerance
 from benchmarks.providers import jaxattn as ours
 from benchmarks.timing import Call
 from benchmarks.work import work
-from jaxattn.kernels import append, attention, rmsnorm, rope, rope_append
+from jaxattn.kernels import append, attention, merge, rmsnorm, rope, rope_append
 
 Config = dict[str, Any]  # the fields that differ from the default
 
@@ -48,6 +48,10 @@ SPACES: dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]] = {
     "decode": (attention, _ATTENTION),
     "prefill": (attention, _ATTENTION),
     "append": (append, dict(block_rows=(4, 8, 16, 32), num_warps=(1, 2, 4, 8))),
+    "merge_states": (
+        merge,
+        dict(block_rows=(1, 2, 4, 8, 16), block_states=(2, 8, 16, 32, 64), num_warps=(1, 2, 4)),
+    ),
     "rmsnorm": (rmsnorm, _NORM),
     "fused_add_rmsnorm": (rmsnorm, _NORM),
     "rope": (rope, _HEADS),
