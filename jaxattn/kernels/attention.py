@@ -10,8 +10,9 @@ order of the splits, whoever is last: results do not depend on timing.
 
 Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, w work items, r rows of a program, of which
 `parts` share a plan's tile where registers hold no whole one.
-Grid: (kh, w, parts), KV heads fastest: neighbours read one page together. H200, items fastest: decode 32 x 4096 165 us
-instead of 127, prefill 1 x 4096 390 us instead of 372; only 1 x 16384 gains, 5053 us instead of 5362 (L2).
+Grid: (kh, w, parts), KV heads fastest: neighbours read one page together. H200, an earlier kernel with items fastest:
+decode 32 x 4096 165 us instead of 127, prefill 1 x 4096 390 us instead of 372; only 1 x 16384 gained, 5053 us for
+5362.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ def default_config(
         # 32 x 4096, head_dim 64: 69.5 us; 64 keys and 2 warps 72.5.
         return Config(block_rows, block_kv=128, num_warps=4, num_stages=3)
     if group == 1:
-        # 32 x 64 of 32 heads: 13.2 us; 64 keys 16.0.
+        # 32 x 64 of 32 heads: 13.0 us; 64 keys and 4 warps 14.6.
         return Config(block_rows, block_kv=32, num_warps=2, num_stages=4)
     # 32 x 4096: 128.1 us; 4 warps 129.5, 32 keys 133.8. 32 x 4 on 4096: 128.9; 4 warps 157, 32 keys 137.
     return Config(block_rows, block_kv=64, num_warps=2, num_stages=4)
