@@ -23,6 +23,11 @@ class Case:
         page_size = getattr(self, "page_size", None)
         return "/".join([self.op, self.name, *([f"p{page_size}"] if page_size else []), self.dtype])
 
+    @property
+    def writes(self) -> bool:
+        """Whether a call writes about as much as it reads: it then finds an L2 full of written lines (timing.py)."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention(Case):
@@ -39,6 +44,10 @@ class Attention(Case):
     head_dim: int = 128
     num_layers: int = 1
     causal: bool = True
+
+    @property
+    def writes(self) -> bool:
+        return False
 
     @property
     def num_qo_tokens(self) -> int:

@@ -199,8 +199,7 @@ def _times(
     if not calls:
         return {}
     recorder = timing.choose_recorder([next(iter(calls.values()))])
-    dirty = not isinstance(case, cases.Attention)
-    times = timing.kernel_times(calls, *recorder, dirty=dirty)
+    times = timing.kernel_times(calls, *recorder, dirty=case.writes)
     return {int(i): timed.us for i, timed in times.items()}
 
 

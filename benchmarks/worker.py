@@ -89,7 +89,7 @@ class _Clock:
             return wall_times(calls)
         if isinstance(case, Loop):
             return loop_times(calls, case.steps, *self._choose())
-        return kernel_times(calls, *self._choose(), dirty=not isinstance(case, cases.Attention))
+        return kernel_times(calls, *self._choose(), dirty=case.writes)
 
     def _choose(self) -> tuple[str, Recorder]:
         if self._recorder is None:
