@@ -40,11 +40,13 @@ def default_config(num_rows: int, hidden: int, num_inputs: int) -> Config:
     """
     # Short rows (the heads of a q or k norm) share a program.
     block_rows = max(1, 1024 // pow2(hidden))
+    kept_tiles = 12
     if num_rows * pow2(hidden) <= (2**21 if num_inputs == 1 else 2**23):
         # Few rows: 16 elements a thread. 1 x 4096: 8 warps 1.70, 4 warps 1.86, 2 warps 2.15; 128 x
         # 4096: 2.2 by 4 to 16 warps; of two inputs as well (1.8; 2.5 to 2.7). 2048 x 2560: 7.9 and, a
         # warp a row, 6.8; of two inputs 11.8 and 13.0.
         num_warps = max(1, min(16, block_rows * pow2(hidden) // 512))
+        kept_tiles = 8
     elif hidden <= 3072:
         # A row fits a warp, which sums it without a barrier. 16384 x 2560: 42.4, 2 warps 44.1, 8 warps
         # 47.7; 163840 x 128: 21.4, 2 warps 22.1, half as many rows 26.2; 262144 x 111: 37.0, 42.2, 41.8.
@@ -53,17 +55,18 @@ def default_config(num_rows: int, hidden: int, num_inputs: int) -> Config:
     elif hidden < 4096:
         # 16384 x 3584: 60.8 (another run 60.4), 8 warps 60.8, one 66.1; of two inputs 119.2, 117.3, 115.8.
         num_warps = 4
-    elif num_inputs > 1 and hidden <= 8192:
-        # Two inputs, 8192 x 8192: 16 warps 137.7, 8 warps 140.3; 16384 x 4096: 133.9 and 135.2.
-        num_warps = 16
+    elif hidden <= 8192:
+        # 16384 x 4096: 8 warps 69.1, 4 warps 70.6, 16 warps 74.0. Two inputs, 8192 x 8192: 16 warps 137.7,
+        # 8 warps 140.3; 16384 x 4096: 133.9 and 135.2.
+        num_warps = 8 if num_inputs == 1 else 16
     else:
-        # 16384 x 4096: 8 warps 69.1, 4 warps 70.6, 16 warps 74.0. Wider rows all the same: 4096 x
-        # 16384: 78.5, 16 warps 85.0; of two inputs 143.9 and 168.4.
-        num_warps = 8
+        # Registers for few tiles let two programs run. 16384 x 16384: 281.6, 3 tiles 298.5, all of them by 8
+        # warps 302.8; two inputs, 8192 x 12288, 3 tiles 205.6, 2 tiles 211.5, 8 warps 210.7; 4096 x 20480,
+        # 2 tiles 182.1, 3 tiles 222.3, 8 warps 195.6.
+        num_warps = 16
+        kept_tiles = 2 if num_inputs == 1 or hidden > 16384 else 3
     # 8 elements a thread and tile: 16 bytes, the widest access.
     block = min(pow2(hidden), num_warps * THREADS_A_WARP * 8)
-    # 4096 x 20480, 10 tiles: 8 of them kept 99.4, all 129.8; of two inputs 235.4 and 193.8.
-    kept_tiles = 12 if num_warps == 1 else 8 if num_inputs == 1 else 10
     return Config(block_rows, block, kept_tiles, num_warps)
 
 
