@@ -25,14 +25,12 @@ from jaxattn.device import num_sms as default_num_sms
 from jaxattn.kv_cache import PageTable
 
 KV_BLOCK = 128  # keys; splits that are not fixed are cut at multiples of it, which every kernel tile divides
-# Of a tile; 16 is the least that tensor cores take, and a group of query heads fills at most 64 in decode.
-MIN_ROWS = 16
-MAX_DECODE_ROWS = 64
-MAX_ROWS = 128
+# Of a tile; 16 is the least that mma.sync takes, 64 the least that wgmma does.
+MIN_ROWS, MID_ROWS, MAX_ROWS = 16, 64, 128
 MAX_FEW_ROWS = 32  # tiles up to here only wait for memory
 SEES_ALL = 2**30  # a causal offset beyond all keys
 # The least share of tall tiles: a split writes and merges rows that cost more than the keys it saves. H200, prefill of
-# 1 x 512: 21.4 us; a block 25.3, two 25.7; 4 x 64 on 2048: 41.4 us, 8 blocks 47.2. Tiles of few rows gain to the last
+# 1 x 512: 21.4 us; a block 25.3, two 25.7; 1 x 16 on 4096: 18.5 us, 8 blocks 22.7. Tiles of few rows gain to the last
 # block: decode of 1 x 1024 8.1 us, 2 blocks 9.2, 4 blocks 11.5; 1 x 8192 15.2, 15.3, 16.6; within 3% at more keys.
 MIN_TALL_BLOCKS = 4
 # Of this many tiles, running sums are sums over all pairs: one kernel, where XLA's are two each. H200, plan_decode of
@@ -150,7 +148,7 @@ def plan_decode(
     _check_split(fixed_split_size, disable_split_kv)
     page_table = _with_pages(page_table)
     group = num_qo_heads // num_kv_heads
-    block_rows = min(max(MIN_ROWS, 1 << (group - 1).bit_length()), MAX_DECODE_ROWS)
+    block_rows = min(max(MIN_ROWS, 1 << (group - 1).bit_length()), MID_ROWS)
     kv_len = page_table.kv_len(page_size)
     page_start = page_table.indptr[:-1]
     # A request is one tile, or several where its group is larger than a tile.
@@ -296,8 +294,10 @@ def _plan_prefill(
     batch = kv_len.shape[0]
     group = num_qo_heads // num_kv_heads
     adaptive = fixed_split_size is None and not disable_split_kv
-    few_rows = num_qo_tokens * group <= MIN_ROWS * batch
-    block_rows = MIN_ROWS if few_rows and adaptive else MAX_ROWS
+    num_sms = num_sms or default_num_sms()
+    block_rows = MAX_ROWS
+    if adaptive:
+        block_rows = _rows_of_tile(num_qo_tokens * group, batch, num_kv_heads, num_sms)
     # Query rows that no request owns are one more request, without keys: they come out as 0 and -inf.
     bounds = jnp.minimum(qo_indptr, num_qo_tokens)
     begin, end = bounds, jnp.append(bounds[1:], jnp.int32(num_qo_tokens))
@@ -316,7 +316,6 @@ def _plan_prefill(
     last_token = (row_end - 1) // group
     kv_end = jnp.where(used, jnp.clip(last_token + causal_offset, 0, keys[request]), 0)
     tile = _Tile(row_begin, row_end, causal_offset, start[request], kv_end)
-    num_sms = num_sms or default_num_sms()
     programs_per_sm = _programs_per_sm(block_rows, group, batch * num_kv_heads, num_sms, adaptive)
     items, num_slots = _work_list(
         tile,
@@ -359,6 +358,23 @@ def _with_pages(page_table: PageTable) -> PageTable:
     if page_table.indices.size:
         return page_table
     return dataclasses.replace(page_table, indices=jnp.zeros(1, jnp.int32))
+
+
+def _rows_of_tile(rows: int, batch: int, num_kv_heads: int, num_sms: int) -> int:
+    """The rows of a prefill's tile, for so many rows of so many requests together.
+
+    As many as a request has, on average; fewer, where that makes too few programs. H200, tiles of 64 and 128 rows:
+    32 x 16 on 8192, of 64 rows each, 252 and 333 us; 32 x 24, of 96, 349 and 332. One request of few programs: 32 on
+    32768 59 and 88, 256 on 4096 52 and 59, but 128 on 65536 353 and 337; of 128 programs, 512 on 32768 640 and 587.
+    Tiles of 16 and 64 rows: 8 x 4 on 4096, of 16 rows each, 37.5 and 41.6; 32 x 4 129.1 and 127.5, and of a group of
+    one, 4 rows each, 281 and 247.
+    """
+    if rows <= MIN_ROWS * batch and batch * num_kv_heads <= num_sms:
+        return MIN_ROWS
+    tallest = (
+        batch * -(-rows // (MAX_ROWS * batch)) * num_kv_heads
+    )  # programs, if they take MAX_ROWS each
+    return MID_ROWS if rows <= MID_ROWS * batch or tallest <= num_sms // 2 else MAX_ROWS
 
 
 def _programs_per_sm(

@@ -10,6 +10,7 @@ from helpers import Paged, assert_lse, assert_rivals, dense_batch, make_paged, r
 from jax.sharding import PartitionSpec as P
 
 import jaxattn as ja
+from jaxattn.kernels import attention as kernel
 
 BACKENDS = ["interpret", "xla"]
 
@@ -336,6 +337,29 @@ def test_shared_pages(backend):
     shared = Paged(paged.cache, table, paged.k, paged.v)
     check_decode(shared, jnp.bfloat16, group=4, backend=backend)
     check_prefill(shared, [48, 7], jnp.bfloat16, group=4, backend=backend, causal=True)
+
+
+def test_many_states_are_merged_in_teams(monkeypatch):
+    """Teams, and a last one that is not full: of few programs, of fixed splits, and of rows that fill wgmma's least."""
+    monkeypatch.setattr(kernel, "has_wgmma", lambda: True)
+    splits = []
+    reads = kernel.Merging.of
+
+    def of(plan, config, head_dim, *, wgmma):
+        merging = reads(plan, config, head_dim, wgmma=wgmma)
+        splits.append((plan.num_slots, merging.team))
+        return merging
+
+    monkeypatch.setattr(kernel.Merging, "of", of)
+    how = dict(backend="interpret", num_sms=132)
+    block = ja.plan.KV_BLOCK
+    paged = make_paged([41 * block + 3, 20, 0], page_size=16, num_kv_heads=1, head_dim=128)
+    check_decode(paged, jnp.bfloat16, group=8, **how)  # 42 splits in teams of 16
+    check_prefill(paged, [8, 2, 0], jnp.bfloat16, group=8, causal=True, **how)  # 10, of 8
+    paged = make_paged([101 * 16 + 5, 20], page_size=16)
+    check_decode(paged, jnp.bfloat16, group=4, fixed_split_size=1, **how)  # 102, of 96
+    assert [team for _, team in splits] == [16, 8, 96]
+    assert all(num_slots > team for num_slots, team in splits)
 
 
 def decode_arguments(kv_lens, *, group=2, batch_seed=0, **how):
@@ -805,8 +829,11 @@ def test_skew_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group,kh,head_dim", [(1, 8, 128), (4, 8, 128), (8, 1, 64), (16, 2, 256)])
-def test_fixed_splits_do_not_see_the_batch_gpu(group, kh, head_dim):
+@pytest.mark.parametrize(
+    "group,kh,head_dim,pages",
+    [(1, 8, 128, 32), (4, 8, 128, 32), (8, 1, 64, 32), (16, 2, 256, 32), (4, 8, 128, 2)],
+)
+def test_fixed_splits_do_not_see_the_batch_gpu(group, kh, head_dim, pages):
     check_batch_invariance(
         5000,
         [[100, 1, 20_000], [300] * 100],
@@ -814,19 +841,22 @@ def test_fixed_splits_do_not_see_the_batch_gpu(group, kh, head_dim):
         group=group,
         kh=kh,
         head_dim=head_dim,
-        pages=32,
+        pages=pages,
     )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [[100_000, *[50] * 63], [8192], [3000] * 40])
-def test_runs_give_the_same_bits_gpu(lengths):
+@pytest.mark.parametrize(
+    "lengths,kv_heads",
+    [([100_000, *[50] * 63], 8), ([8192], 8), ([3000] * 40, 8), ([100_000], 1), ([60_000, 7], 4)],
+)
+def test_runs_give_the_same_bits_gpu(lengths, kv_heads):
     """Whichever program of a tile comes last.
 
     Two inputs take turns, since a state that is read too early would be that of the run before, in the same memory.
     """
-    paged = make_paged(lengths, page_size=16, num_kv_heads=8, head_dim=128)
-    heads = dict(num_qo_heads=32, num_kv_heads=8)
+    paged = make_paged(lengths, page_size=16, num_kv_heads=kv_heads, head_dim=128)
+    heads = dict(num_qo_heads=32, num_kv_heads=kv_heads)
     qo_lens = [min(n, 8) for n in lengths]
     qo_indptr = jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32)
     prefill = dict(page_size=16, num_qo_tokens=sum(qo_lens), **heads)

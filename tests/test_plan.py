@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxattn as ja
-from jaxattn.plan import KV_BLOCK, WorkItem
+from jaxattn.plan import KV_BLOCK, MAX_PAIRWISE, WorkItem
 
 NUM_SMS = 132
 DECODE_STATICS = ["page_size", "num_qo_heads", "num_kv_heads", "num_sms"]
@@ -205,6 +205,41 @@ def test_tall_tiles_share_out_several_blocks_and_come_last_first():
     items = [item for item in items_of(plan) if item.row_end > item.row_begin]
     assert plan.block_rows == 128 and all(item.num_splits == 1 for item in items)
     assert [item.row_begin for item in items] == list(range(512 * 4 - 128, -1, -128))
+
+
+@pytest.mark.parametrize(
+    "batch,new,kv_heads,rows",
+    [
+        (8, 4, 8, 16),  # few programs of few rows
+        (32, 4, 8, 64),
+        (32, 16, 8, 64),
+        (32, 17, 8, 128),
+        (1, 512, 8, 128),
+        (1, 256, 8, 64),  # of 128 rows they would fill half the GPU
+    ],
+)
+def test_prefill_takes_as_many_rows_at_once_as_requests_have(batch, new, kv_heads, rows):
+    how = dict(
+        page_size=16,
+        num_qo_tokens=batch * new,
+        num_qo_heads=4 * kv_heads,
+        num_kv_heads=kv_heads,
+        num_sms=NUM_SMS,
+    )
+    qo_indptr = jnp.arange(batch + 1, dtype=jnp.int32) * new
+    table = table_of([new] * batch, 16)
+    assert plan_prefill(qo_indptr, table, **how).block_rows == rows
+    # Those of a fixed plan must not depend on the batch.
+    for fixed in (dict(fixed_split_size=4), dict(disable_split_kv=True)):
+        assert plan_prefill(qo_indptr, table, **how, **fixed).block_rows == 128
+
+
+def test_more_tiles_than_are_summed_in_pairs():
+    lengths = np.random.default_rng(1).integers(0, 3000, MAX_PAIRWISE + 1)
+    plan = plan_decode(
+        table_of(lengths, 16), page_size=16, num_qo_heads=8, num_kv_heads=1, num_sms=NUM_SMS
+    )
+    check_coverage(plan, np.repeat(lengths, 8))
 
 
 def test_ragged_plan():

@@ -27,14 +27,16 @@ class PagedTile:
     page_size: int
     block: int
     head_dim: int
+    page_at_once: bool  # look up one page for a tile that lies in one
 
     def tokens(self, position: jax.Array) -> jax.Array:
         """Positions int32 [k] of the tile's tokens in their request."""
         return position + jnp.arange(self.block, dtype=jnp.int32)
 
     def load(self, position: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """K and V [k, d] of the tokens from `position` on, a page's first one where pages divide `block`.
+        """K and V [k, d] of the tokens from `position` on.
 
+        Where pages divide `block` it is a page's first token, where blocks divide `page_size` a block's.
         From `end` on values are zeros, and keys are whatever lies there: their scores are for the caller to mask.
         """
         tokens = self.tokens(position)
@@ -61,8 +63,14 @@ class PagedTile:
         )
 
     def _page_and_slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Which page of its request, and which slot of the page, int32 [k] each, hold the tile's tokens."""
+        """Which page of its request and which slot of the page, int32 [k], hold the tile's tokens.
+
+        The page is a scalar where all lie in one and `page_at_once`.
+        """
         offset = jnp.arange(self.block, dtype=jnp.int32)
+        if self.page_at_once and self.page_size % self.block == 0:
+            page, slot = divmod_by(position, self.page_size)
+            return page, slot + offset
         if self.block % self.page_size == 0:
             # The tile starts with a page: only the first page's number changes from tile to tile.
             page, slot = divmod_by(offset, self.page_size)

@@ -5,8 +5,9 @@
 A program takes one work item of the plan: up to `block_rows` packed rows (query token x query head of one KV
 group, so that one K tile serves the whole group) against the item's keys. Scores are masked in the few tiles that
 not every row sees in full: at the causal boundary and at the end. A whole tile writes the output. A split one writes
-its partial attention state in float32, and the program that finishes its tile last merges the tile's states, in the
-order of the splits, whoever is last: results do not depend on timing.
+its partial attention state in float32, and the program that finishes its tile last merges the tile's states; where they
+are many, the last of each team of programs merges the team's before. The order is that of the splits, whoever is last:
+results do not depend on timing.
 
 Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, w work items, r rows of a program, of which
 `parts` share a plan's tile where registers hold no whole one.
@@ -30,7 +31,7 @@ from jaxattn.kernels._paged_tile import PagedTile, divmod_by, load_rows
 from jaxattn.kernels._rows import pow2
 from jaxattn.kernels.merge import merge_rows
 from jaxattn.kv_cache import PagedKVCache, RowStrides
-from jaxattn.plan import MAX_FEW_ROWS, DecodePlan, PrefillPlan, WorkItem
+from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, DecodePlan, PrefillPlan, WorkItem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,16 @@ def default_config(
     if head_dim > 256:
         # What shared memory holds; not tuned.
         return Config(min(block_rows, 32), block_kv=32, num_warps=4, num_stages=2)
+    if block_rows == MID_ROWS and wgmma:
+        # As many loads in flight as leave room for two programs. 32 x 16 on 4096, head_dim 256: 268 us; a stage less
+        # 274, 64 keys 314.
+        if head_dim > 128:
+            return Config(block_rows, block_kv=32, num_warps=4, num_stages=5)
+        # Head_dim 64: 71.9 us; a stage less 82, 64 keys 84.
+        if head_dim <= 64:
+            return Config(block_rows, block_kv=128, num_warps=4, num_stages=5)
+        # 32 x 16 on 8192: 252 us; a stage less 278, 32 keys and 6 stages 301, 128 keys 334.
+        return Config(block_rows, block_kv=64, num_warps=4, num_stages=5 if paged else 4)
     if block_rows > MAX_FEW_ROWS:
         if head_dim > 128:
             # 4 x 4096, head_dim 256: 446 TFLOP/s; 32 keys 373, 64 rows 373.
@@ -97,6 +108,9 @@ class Merging:
 
     rows: int  # at once
     states: int  # at once
+    # More states than these are merged in teams of so many, each by its last program, and then those of the teams;
+    # None: never. It must not depend on the batch, since it decides how the result is rounded.
+    team: int | None
 
     @classmethod
     def of(
@@ -109,14 +123,23 @@ class Merging:
         most = min(group, config.block_rows) if isinstance(plan, DecodePlan) else config.block_rows
         # 64 elements a thread: half of what the accumulator of the largest tiles takes.
         elements = 2048 * config.num_warps // pow2(head_dim)
+        if config.block_rows == MID_ROWS and wgmma:
+            # Half the accumulator, twice the states. 16 on 16384, 32 splits: 35.6 us; in one step 40.6, and of 2 states
+            # 48.8. 32 on 32768: teams of 8 63.4, of 4 58.6; but 16 on 4096: 18.3 and 20.1.
+            return cls(elements // 2, 4, team=8)
         if config.block_rows > MAX_FEW_ROWS:
-            # 512 on 32768, two splits: 589 us; 16 rows of 4 states 603, twice as many elements 598.
-            return cls(min(pow2(most), elements // 2), 2)
+            # 512 on 32768, two splits: 589 us; 16 rows of 4 states 603, twice as many elements 598. The mere code for
+            # teams: 598 for 587, and without splits 4 x 4096 1176 for 1153.
+            return cls(min(pow2(most), elements // 2), 2, team=None)
         # Few programs leave registers for twice as many, except in code for an A100, which would spill. Decode of
         # 1 x 8192: 15.2 us; 16.0.
-        rows = min(pow2(most), 16)
         elements *= 2 if plan.programs_per_sm == 2 and wgmma else 1
-        return cls(rows, min(32, max(1, elements // rows)))
+        rows = min(pow2(most), 16)
+        states = min(32, max(1, elements // rows))
+        # Two steps cost 1.1 us. 1 x 32768 of 8/1 heads, 256 splits: 13.7 us; teams of 32 15.4, one step 21.4; of 32/4
+        # heads, 64 splits: 24.8; 25.9. Many programs have many splits only where one request is far longer than all.
+        team = 96 if plan.programs_per_sm > 2 else 16 if states <= 16 else 64
+        return cls(rows, states, team)
 
 
 def _attention_kernel(
@@ -141,8 +164,9 @@ def _attention_kernel(
     if merging:
         del refs[0]  # the zeros that are arrivals_ref's memory
         # float32 [num_slots * kh * parts * r, d] and without d: the states of split tiles; int32
-        # [num_slots * kh * parts]: how many programs of a tile have arrived, at its first slot.
+        # [num_slots * kh * parts]: how many programs of a tile, or of a team, have arrived, at its first slot.
         *refs, o_partial_ref, lse_partial_ref, arrivals_ref = refs
+    barrier = (lambda: None) if softmax.interpret else plgpu.debug_barrier
     o_ref, lse_ref = refs  # [t * h, d], float32 [t * h]
     head, work, part = (pl.program_id(i) for i in range(3))
     d, block_rows, block_kv = q_ref.shape[1], config.block_rows, config.block_kv
@@ -183,6 +207,9 @@ def _attention_kernel(
         page_size,
         block_kv,
         d,
+        # Its address alone moves from tile to tile. H200, prefill of 4 x 4096, page size 64: 1162 -> 1135 us, 256:
+        # 1171 -> 1140; but tiles of few rows, decode of 32 x 4096: 127.7 -> 132.6.
+        page_at_once=block_rows > MAX_FEW_ROWS,
     )
     end = item.kv_end
     whole = end
@@ -227,37 +254,74 @@ def _attention_kernel(
     def _():
         # A column is the program's place among those of an item.
         column, num_columns = head * parts + part, num_kv_heads * parts
+        # Without code for them where no tile has as many splits.
+        num_slots = arrivals_ref.shape[0] // num_columns
+        team = merging.team if merging.team and num_slots > merging.team else None
 
         def first_row(split):
             return ((item.slot + split) * num_columns + column) * block_rows
 
-        own = first_row(item.split) + r
-        owned = item.row_begin + r < item.row_end
-        inside = owned[:, None] & (cols < d)[None, :]
-        plgpu.store(o_partial_ref.at[own[:, None], cols[None, :]], o, mask=inside)
-        plgpu.store(lse_partial_ref.at[own], lse, mask=owned)
-        # Every thread's stores come before the program's arrival, and the last one's loads after it.
-        if not softmax.interpret:
-            plgpu.debug_barrier()
-        arrival = plgpu.atomic_add(arrivals_ref, (item.slot * num_columns + column,), jnp.int32(1))
+        def store_partial(split, r, o, lse, chosen):
+            row = first_row(split) + r
+            owned = (item.row_begin + r < item.row_end) & chosen
+            inside = owned[:, None] & (cols < d)[None, :]
+            plgpu.store(o_partial_ref.at[row[:, None], cols[None, :]], o, mask=inside)
+            plgpu.store(lse_partial_ref.at[row], lse, mask=owned)
 
-        def merge(i, _):
-            r = i * merging.rows + jnp.arange(merging.rows, dtype=jnp.int32)
-            o, lse = merge_rows(
-                o_partial_ref,
-                lse_partial_ref,
-                first_row(0) + r,
-                num_columns * block_rows,
-                item.num_splits,
-                block=merging.states,
-                empty_may_hold_anything=False,
-            )
-            store(r, o, lse, True)
+        def is_last(split, count):
+            """Counts this program at the counter of a split; whether it is the last of so many."""
+            # Every thread's stores come before the program's arrival, and the last one's loads after it.
+            barrier()
+            at = (item.slot + split) * num_columns + column
+            return plgpu.atomic_add(arrivals_ref, (at,), jnp.int32(1)) == count - 1
 
-        @pl.when(arrival == item.num_splits - 1)
-        def _():
+        def merge(split, stride, count, write):
+            """Merges `count` states, every stride-th from `split` on."""
+
+            def some_rows(i, _):
+                r = i * merging.rows + jnp.arange(merging.rows, dtype=jnp.int32)
+                o, lse = merge_rows(
+                    o_partial_ref,
+                    lse_partial_ref,
+                    first_row(split) + r,
+                    stride * num_columns * block_rows,
+                    count,
+                    block=merging.states,
+                    empty_may_hold_anything=False,
+                )
+                write(r, o, lse)
+
             blocks = (item.row_end - item.row_begin + merging.rows - 1) // merging.rows
-            jax.lax.fori_loop(0, blocks, merge, None)
+            jax.lax.fori_loop(0, blocks, some_rows, None)
+
+        store_partial(item.split, r, o, lse, True)
+        if not team:
+
+            @pl.when(is_last(0, item.num_splits))
+            def _():
+                merge(0, 1, item.num_splits, lambda r, o, lse: store(r, o, lse, True))
+
+            return
+
+        captain = item.split - item.split % team
+        members = jnp.minimum(item.num_splits - captain, team)
+        num_teams = (item.num_splits + team - 1) // team
+
+        def write_team(r, o, lse):
+            store(r, o, lse, num_teams == 1)
+            barrier()  # every thread has read the captain's state
+            store_partial(captain, r, o, lse, num_teams > 1)
+
+        @pl.when(is_last(captain, members))
+        def _():
+            merge(captain, 1, members, write_team)
+
+            @pl.when(num_teams > 1)
+            def _():
+                # The second split's counter: it is no captain.
+                @pl.when(is_last(1, num_teams))
+                def _():
+                    merge(0, team, num_teams, lambda r, o, lse: store(r, o, lse, True))
 
 
 def paged_attention(
