@@ -219,6 +219,7 @@ def _full() -> list[Case]:
         _decode("b32_4k", 32, 4096, 256),
         _decode("b32_4k_d64", 32, 4096, 16, head_dim=64),
         _decode("b32_4k_d256", 32, 4096, 16, head_dim=256),
+        _decode("70b_tp8_b1_32k", 1, 32768, 16, num_qo_heads=8, num_kv_heads=1),
     ]
 
     for name in ("b1_8k", "b128_2k"):
@@ -243,6 +244,12 @@ def _full() -> list[Case]:
         _prefill("b4_4k_d64", *prompts["b4_4k"], 16, head_dim=64),
         _prefill("b4_4k_d256", *prompts["b4_4k"], 16, head_dim=256),
         _prefill("b4_4k_full", *prompts["b4_4k"], 16, causal=False),
+        _prefill("b1_512", 1, 512, 512, 16),
+        # Few rows on many keys: split often, and much to merge.
+        _prefill("append_b1_16_16k", 1, 16, 16384, 16),
+        _prefill("append_b1_32_32k", 1, 32, 32768, 16),
+        _prefill("append_b32_16_4k_d64", 32, 16, 4096, 16, head_dim=64),
+        _prefill("append_b32_16_4k_d256", 32, 16, 4096, 16, head_dim=256),
     ]
     # A chunk of one request's prompt and a token each of the others, in one call.
     mixed = _prefill("mixed", 64, 1, 4096, 16)
