@@ -395,11 +395,13 @@ def test_page_order_changes_nothing():
 
 
 def test_decode_is_the_last_row_of_prefill():
-    q, cache, table = decode_arguments([33, 1, 200])
+    """To the bit or nearly, where both take the same tile: that of few rows and few programs."""
+    q, cache, table = decode_arguments([33, 1, 200], num_kv_heads=1)
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=cache.num_kv_heads)
     qo_indptr = jnp.arange(4, dtype=jnp.int32)
     prefill = ja.plan_prefill(qo_indptr, table, page_size=16, num_qo_tokens=3, **heads)
     decode = ja.plan_decode(table, page_size=16, **heads)
+    assert prefill.block_rows == decode.block_rows
     how = dict(return_lse=True, backend="interpret")
     ours = ja.paged_prefill(q, cache, prefill, **how)
     for a, b in zip(ours, ja.paged_decode(q, cache, decode, **how), strict=True):
