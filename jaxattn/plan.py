@@ -371,9 +371,8 @@ def _rows_of_tile(rows: int, batch: int, num_kv_heads: int, num_sms: int) -> int
     """
     if rows <= MIN_ROWS * batch and batch * num_kv_heads <= num_sms:
         return MIN_ROWS
-    tallest = (
-        batch * -(-rows // (MAX_ROWS * batch)) * num_kv_heads
-    )  # programs, if they take MAX_ROWS each
+    # Programs, were they to take MAX_ROWS each.
+    tallest = batch * -(-rows // (MAX_ROWS * batch)) * num_kv_heads
     return MID_ROWS if rows <= MID_ROWS * batch or tallest <= num_sms // 2 else MAX_ROWS
 
 

@@ -362,6 +362,29 @@ def test_many_states_are_merged_in_teams(monkeypatch):
     assert all(num_slots > team for num_slots, team in splits)
 
 
+@pytest.mark.parametrize("wgmma", [True, False])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("new", [1, 9, 33])
+def test_merging_reads_no_rows_beyond_its_tile(new, head_dim, wgmma):
+    paged = make_paged([100], page_size=16)
+    heads = dict(num_qo_heads=4, num_kv_heads=1)
+    plan = ja.plan_prefill(
+        jnp.asarray([0, new], jnp.int32), paged.table, page_size=16, num_qo_tokens=new, **heads
+    )
+    for dtype in (jnp.bfloat16, jnp.float32):
+        config = kernel.default_config(
+            plan.block_rows,
+            head_dim,
+            dtype,
+            group=4,
+            programs_per_sm=plan.programs_per_sm,
+            paged=True,
+            wgmma=wgmma,
+        )
+        merging = kernel.Merging.of(plan, config, head_dim, wgmma=wgmma)
+        assert merging.rows <= config.block_rows
+
+
 def decode_arguments(kv_lens, *, group=2, batch_seed=0, **how):
     paged = make_paged(kv_lens, page_size=16, **how)
     rng = np.random.default_rng(batch_seed)

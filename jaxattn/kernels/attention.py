@@ -126,7 +126,7 @@ class Merging:
         if config.block_rows == MID_ROWS and wgmma:
             # Half the accumulator, twice the states. 16 on 16384, 32 splits: 35.6 us; in one step 40.6, and of 2 states
             # 48.8. 32 on 32768: teams of 8 63.4, of 4 58.6; but 16 on 4096: 18.3 and 20.1.
-            return cls(elements // 2, 4, team=8)
+            return cls(min(pow2(most), elements // 2), 4, team=8)
         if config.block_rows > MAX_FEW_ROWS:
             # 512 on 32768, two splits: 589 us; 16 rows of 4 states 603, twice as many elements 598. The mere code for
             # teams: 598 for 587, and without splits 4 x 4096 1176 for 1153.
