@@ -363,7 +363,8 @@ def _with_pages(page_table: PageTable) -> PageTable:
 def _rows_of_tile(rows: int, batch: int, num_kv_heads: int, num_sms: int) -> int:
     """The rows of a prefill's tile, for so many rows of so many requests together.
 
-    As many as a request has, on average; fewer, where that makes too few programs. H200, tiles of 64 and 128 rows:
+    As many as a request has, on average; but 64 instead of 128 where those were too few programs, and 64 instead of 16
+    where programs are many. H200, tiles of 64 and 128 rows:
     32 x 16 on 8192, of 64 rows each, 252 and 333 us; 32 x 24, of 96, 349 and 332. One request of few programs: 32 on
     32768 59 and 88, 256 on 4096 52 and 59, but 128 on 65536 353 and 337; of 128 programs, 512 on 32768 640 and 587.
     Tiles of 16 and 64 rows: 8 x 4 on 4096, of 16 rows each, 37.5 and 41.6; 32 x 4 129.1 and 127.5, and of a group of

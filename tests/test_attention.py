@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxattn as ja
 from jaxattn.kernels import attention as kernel
+from jaxattn.plan import WorkItem
 
 BACKENDS = ["interpret", "xla"]
 
@@ -269,9 +270,21 @@ def test_paged_prefill(page_size, kh, group, head_dim, dtype, layout, combined, 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_paged_prefill_of_few_rows(backend):
-    """Speculative verification: few rows a request, in the smallest tile."""
-    paged = make_paged([300, 2, 0, 77], page_size=16)
-    check_prefill(paged, [3, 2, 1, 1], jnp.bfloat16, group=3, backend=backend, causal=True)
+    """Speculative verification: few rows a request, in the smallest tile where programs are few."""
+    for kv_heads, rows in ((1, 16), (2, 64)):
+        paged = make_paged([300, 2, 0, 77], page_size=16, num_kv_heads=kv_heads)
+        how = dict(group=3, num_sms=4)
+        check_prefill(paged, [3, 2, 1, 1], jnp.bfloat16, backend=backend, causal=True, **how)
+        plan = ja.plan_prefill(
+            jnp.asarray([0, 3, 5, 6, 7], jnp.int32),
+            paged.table,
+            page_size=16,
+            num_qo_tokens=10,
+            num_qo_heads=3 * kv_heads,
+            num_kv_heads=kv_heads,
+            num_sms=4,
+        )
+        assert plan.block_rows == rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -342,35 +355,45 @@ def test_shared_pages(backend):
 def test_many_states_are_merged_in_teams(monkeypatch):
     """Teams, and a last one that is not full: of few programs, of fixed splits, and of rows that fill wgmma's least."""
     monkeypatch.setattr(kernel, "has_wgmma", lambda: True)
-    splits = []
-    reads = kernel.Merging.of
+    teams = []
+    of = kernel.Merging.of
 
-    def of(plan, config, head_dim, *, wgmma):
-        merging = reads(plan, config, head_dim, wgmma=wgmma)
-        splits.append((plan.num_slots, merging.team))
-        return merging
+    def recorded(*args, **kwargs):
+        teams.append(of(*args, **kwargs).team)
+        return of(*args, **kwargs)
 
-    monkeypatch.setattr(kernel.Merging, "of", of)
+    monkeypatch.setattr(kernel.Merging, "of", recorded)
     how = dict(backend="interpret", num_sms=132)
     block = ja.plan.KV_BLOCK
-    paged = make_paged([41 * block + 3, 20, 0], page_size=16, num_kv_heads=1, head_dim=128)
-    check_decode(paged, jnp.bfloat16, group=8, **how)  # 42 splits in teams of 16
-    check_prefill(paged, [8, 2, 0], jnp.bfloat16, group=8, causal=True, **how)  # 10, of 8
-    paged = make_paged([101 * 16 + 5, 20], page_size=16)
-    check_decode(paged, jnp.bfloat16, group=4, fixed_split_size=1, **how)  # 102, of 96
-    assert [team for _, team in splits] == [16, 8, 96]
-    assert all(num_slots > team for num_slots, team in splits)
+    one_long = make_paged([41 * block + 3, 20, 0], page_size=16, num_kv_heads=1, head_dim=128)
+    check_decode(one_long, jnp.bfloat16, group=8, **how)
+    check_prefill(one_long, [8, 2, 0], jnp.bfloat16, group=8, causal=True, **how)
+    fixed = make_paged([101 * 16 + 5, 20], page_size=16)
+    check_decode(fixed, jnp.bfloat16, group=4, fixed_split_size=1, **how)
+    heads = dict(page_size=16, num_qo_heads=8, num_sms=132)
+    plans = [
+        ja.plan_decode(one_long.table, num_kv_heads=1, **heads),
+        ja.plan_prefill(
+            jnp.asarray([0, 8, 10, 10], jnp.int32),
+            one_long.table,
+            num_qo_tokens=13,
+            num_kv_heads=1,
+            **heads,
+        ),
+        ja.plan_decode(fixed.table, num_kv_heads=2, fixed_split_size=1, **heads),
+    ]
+    most = [int(plan.items[:, WorkItem._fields.index("num_splits")].max()) for plan in plans]
+    assert list(zip(most, teams)) == [(42, 16), (11, 8), (102, 96)]
 
 
 @pytest.mark.parametrize("wgmma", [True, False])
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("new", [1, 9, 33])
-def test_merging_reads_no_rows_beyond_its_tile(new, head_dim, wgmma):
+@pytest.mark.parametrize("new,rows", [(1, 16), (9, 64), (33, 128)])
+def test_merging_reads_no_rows_beyond_its_tile(new, rows, head_dim, wgmma):
     paged = make_paged([100], page_size=16)
-    heads = dict(num_qo_heads=4, num_kv_heads=1)
-    plan = ja.plan_prefill(
-        jnp.asarray([0, new], jnp.int32), paged.table, page_size=16, num_qo_tokens=new, **heads
-    )
+    how = dict(page_size=16, num_qo_tokens=new, num_qo_heads=4, num_kv_heads=1, num_sms=2)
+    plan = ja.plan_prefill(jnp.asarray([0, new], jnp.int32), paged.table, **how)
+    assert plan.block_rows == rows
     for dtype in (jnp.bfloat16, jnp.float32):
         config = kernel.default_config(
             plan.block_rows,
@@ -382,7 +405,7 @@ def test_merging_reads_no_rows_beyond_its_tile(new, head_dim, wgmma):
             wgmma=wgmma,
         )
         merging = kernel.Merging.of(plan, config, head_dim, wgmma=wgmma)
-        assert merging.rows <= config.block_rows
+        assert config.block_rows % merging.rows == 0
 
 
 def decode_arguments(kv_lens, *, group=2, batch_seed=0, **how):

@@ -63,14 +63,14 @@ def default_config(
         # What shared memory holds; not tuned.
         return Config(min(block_rows, 32), block_kv=32, num_warps=4, num_stages=2)
     if block_rows == MID_ROWS and wgmma:
-        # As many loads in flight as leave room for two programs. 32 x 16 on 4096, head_dim 256: 268 us; a stage less
-        # 274, 64 keys 314.
+        # They wait for memory, with many loads in flight. 32 x 16 on 4096, head_dim 256: 268 us, one program at a time;
+        # a stage less, two of them, 274; 64 keys 314.
         if head_dim > 128:
             return Config(block_rows, block_kv=32, num_warps=4, num_stages=5)
         # Head_dim 64: 71.9 us; a stage less 82, 64 keys 84.
         if head_dim <= 64:
             return Config(block_rows, block_kv=128, num_warps=4, num_stages=5)
-        # 32 x 16 on 8192: 252 us; a stage less 278, 32 keys and 6 stages 301, 128 keys 334.
+        # 32 x 16 on 8192: 252 us, two programs at once; a stage less 278, 32 keys and 6 stages 301, 128 keys 334.
         return Config(block_rows, block_kv=64, num_warps=4, num_stages=5 if paged else 4)
     if block_rows > MAX_FEW_ROWS:
         if head_dim > 128:
@@ -98,7 +98,7 @@ def default_config(
     if group == 1:
         # 32 x 64 of 32 heads: 13.0 us; 64 keys and 4 warps 14.6.
         return Config(block_rows, block_kv=32, num_warps=2, num_stages=4)
-    # 32 x 4096: 128.1 us; 4 warps 129.5, 32 keys 133.8. 32 x 4 on 4096: 128.9; 4 warps 157, 32 keys 137.
+    # 32 x 4096: 128.1 us; 4 warps 129.5, 32 keys 133.8.
     return Config(block_rows, block_kv=64, num_warps=2, num_stages=4)
 
 
@@ -109,7 +109,7 @@ class Merging:
     rows: int  # at once
     states: int  # at once
     # More states than these are merged in teams of so many, each by its last program, and then those of the teams;
-    # None: never. It must not depend on the batch, since it decides how the result is rounded.
+    # None: never. It decides how the result is rounded: with fixed splits it must not depend on the batch.
     team: int | None
 
     @classmethod
@@ -164,7 +164,8 @@ def _attention_kernel(
     if merging:
         del refs[0]  # the zeros that are arrivals_ref's memory
         # float32 [num_slots * kh * parts * r, d] and without d: the states of split tiles; int32
-        # [num_slots * kh * parts]: how many programs of a tile, or of a team, have arrived, at its first slot.
+        # [num_slots * kh * parts]: how many programs of a tile, or of a team, have arrived, at its first slot; how many
+        # teams, at the tile's second.
         *refs, o_partial_ref, lse_partial_ref, arrivals_ref = refs
     barrier = (lambda: None) if softmax.interpret else plgpu.debug_barrier
     o_ref, lse_ref = refs  # [t * h, d], float32 [t * h]
@@ -239,12 +240,14 @@ def _attention_kernel(
     # Read again, the item's fields leave the loop above the registers that its rows would take there.
     item = read_item()
 
-    def store(r, o, lse, chosen):
-        row = token_and_row(item.row_begin + r)[1]
+    def store_at(o_ref, lse_ref, row, r, o, lse, chosen):
         owned = (item.row_begin + r < item.row_end) & chosen
         inside = owned[:, None] & (cols < d)[None, :]
         plgpu.store(o_ref.at[row[:, None], cols[None, :]], o.astype(o_ref.dtype), mask=inside)
         plgpu.store(lse_ref.at[row], lse, mask=owned)
+
+    def store(r, o, lse, chosen=True):
+        store_at(o_ref, lse_ref, token_and_row(item.row_begin + r)[1], r, o, lse, chosen)
 
     store(r, o, lse, item.num_splits == 1)
     if merging is None:
@@ -261,12 +264,8 @@ def _attention_kernel(
         def first_row(split):
             return ((item.slot + split) * num_columns + column) * block_rows
 
-        def store_partial(split, r, o, lse, chosen):
-            row = first_row(split) + r
-            owned = (item.row_begin + r < item.row_end) & chosen
-            inside = owned[:, None] & (cols < d)[None, :]
-            plgpu.store(o_partial_ref.at[row[:, None], cols[None, :]], o, mask=inside)
-            plgpu.store(lse_partial_ref.at[row], lse, mask=owned)
+        def store_partial(split, r, o, lse, chosen=True):
+            store_at(o_partial_ref, lse_partial_ref, first_row(split) + r, r, o, lse, chosen)
 
         def is_last(split, count):
             """Counts this program at the counter of a split; whether it is the last of so many."""
@@ -294,12 +293,12 @@ def _attention_kernel(
             blocks = (item.row_end - item.row_begin + merging.rows - 1) // merging.rows
             jax.lax.fori_loop(0, blocks, some_rows, None)
 
-        store_partial(item.split, r, o, lse, True)
+        store_partial(item.split, r, o, lse)
         if not team:
 
             @pl.when(is_last(0, item.num_splits))
             def _():
-                merge(0, 1, item.num_splits, lambda r, o, lse: store(r, o, lse, True))
+                merge(0, 1, item.num_splits, store)
 
             return
 
@@ -321,7 +320,7 @@ def _attention_kernel(
                 # The second split's counter: it is no captain.
                 @pl.when(is_last(1, num_teams))
                 def _():
-                    merge(0, team, num_teams, lambda r, o, lse: store(r, o, lse, True))
+                    merge(0, team, num_teams, store)
 
 
 def paged_attention(

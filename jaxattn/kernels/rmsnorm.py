@@ -46,6 +46,7 @@ def default_config(num_rows: int, hidden: int, num_inputs: int) -> Config:
         # 4096: 2.2 by 4 to 16 warps; of two inputs as well (1.8; 2.5 to 2.7). 2048 x 2560: 7.9 and, a
         # warp a row, 6.8; of two inputs 11.8 and 13.0.
         num_warps = max(1, min(16, block_rows * pow2(hidden) // 512))
+        # 64 elements a thread of the widest rows. 4096 x 20480 by 8 warps: 99.4, with all 80 in registers 129.8.
         kept_tiles = 8
     elif hidden <= 3072:
         # A row fits a warp, which sums it without a barrier. 16384 x 2560: 42.4, 2 warps 44.1, 8 warps
