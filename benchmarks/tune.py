@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import jax
@@ -38,8 +38,9 @@ _ATTENTION: dict[str, tuple[Any, ...]] = dict(
 _NORM: dict[str, tuple[Any, ...]] = dict(
     block_rows=(1, 4, 8),
     block=(256, 512, 1024, 2048, 4096),
-    kept_tiles=(4, 8, 10, 12),
-    num_warps=(1, 2, 4, 8, 16),
+    kept_tiles=(4, 16),
+    num_warps=(1, 2, 4, 8, 16, 32),
+    load_weight=get_args(rmsnorm.When),
 )
 _HEADS: dict[str, tuple[Any, ...]] = dict(
     block_tokens=(1, 2, 4, 8), head_blocks=(1, 2, 4, 8), num_warps=(1, 2, 4, 8)

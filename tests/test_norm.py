@@ -1,6 +1,7 @@
 """rmsnorm and its kin against the float32 oracle."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from rowwise import (
 
 import jaxattn as ja
 from jaxattn import reference
+from jaxattn.kernels import rmsnorm as kernels
 
 BACKENDS = ["interpret", "xla"]
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
@@ -43,6 +45,12 @@ GPU_CASES = [
     ((1000, 111), f16, f16, 1.0),
     ((4096, 32, 128), bf16, bf16, 1.0),
     ((100, 131072), bf16, bf16, 1.0),
+    # A tile of each kind for many rows: a warp, 8, 16 and 32 of them; the weight early and late.
+    ((1000, 3000), bf16, f32, 1.0),
+    ((1000, 6000), bf16, bf16, 1.0),
+    ((1000, 12288), bf16, bf16, 1.0),
+    ((1000, 16384), f16, f32, 1.0),
+    ((1000, 20480), bf16, bf16, 1.0),
 ]
 
 
@@ -72,6 +80,17 @@ def check_fused(shape, dtype, weight_dtype, scale, backend):
 @pytest.mark.parametrize("check", [check_rmsnorm, check_fused])
 def test_norm(check, shape, dtype, weight_dtype, scale, backend):
     check(shape, dtype, weight_dtype, scale, backend)
+
+
+# Rows that share a program or not, whose last tile is full or not, that are kept whole or in part.
+@pytest.mark.parametrize("load_weight", typing.get_args(kernels.When))
+@pytest.mark.parametrize("block_rows,kept_tiles", [(1, 4), (4, 4), (1, 1), (2, 1)])
+@pytest.mark.parametrize("hidden", [192, 200])
+@pytest.mark.parametrize("check", [check_rmsnorm, check_fused])
+def test_every_kind_of_tile(check, hidden, block_rows, kept_tiles, load_weight, monkeypatch):
+    config = kernels.Config(block_rows, 64, kept_tiles, 1, load_weight)
+    monkeypatch.setattr(kernels, "default_config", lambda *_: config)
+    check((5, hidden), bf16, f32, 1.0, "interpret")
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ Grid: (rows / block_rows).
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels._launch import launch
-from jaxattn.kernels._rows import pow2
+from jaxattn.kernels._rows import block_of, both, pow2
 
 THREADS_A_WARP = 32
+
+When = Literal["first", "before the sum", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,51 +33,65 @@ class Config:
     block: int  # columns of a tile, a power of two
     kept_tiles: int  # tiles of a row that stay in registers, at most
     num_warps: int
+    # When the weight of the kept tiles is loaded. The earlier, the shorter the wait for it; the later,
+    # the fewer registers are held while a row is summed, and the more warps share a multiprocessor.
+    load_weight: When
 
 
 def default_config(num_rows: int, hidden: int, num_inputs: int) -> Config:
     """The tiles for rows of `hidden` elements of one input, or of two to be added.
 
-    Microseconds on an H200, in bf16.
+    Microseconds on an H200, in bf16, from benchmarks/results/h200_sweeps_rowwise.txt.
     """
     # Short rows (the heads of a q or k norm) share a program.
     block_rows = max(1, 1024 // pow2(hidden))
-    kept_tiles = 12
-    if num_rows * pow2(hidden) <= (2**21 if num_inputs == 1 else 2**23):
-        # Few rows: 16 elements a thread. 1 x 4096: 8 warps 1.70, 4 warps 1.86, 2 warps 2.15; 128 x
-        # 4096: 2.2 by 4 to 16 warps; of two inputs as well (1.8; 2.5 to 2.7). 2048 x 2560: 7.9 and, a
-        # warp a row, 6.8; of two inputs 11.8 and 13.0.
+    kept_tiles = 16
+    load_weight: When
+    per_thread = 8  # elements of a tile: 16 bytes, the widest access
+    if num_rows * pow2(hidden) <= 2**21:
+        # Few rows, all at once: the shortest wait. 16 elements a thread: 1 x 4096: 8 warps 1.70, 4 warps
+        # 1.86, 2 warps 2.15; 128 x 4096: 2.2 by 4 to 16 warps. Two inputs, 512 x 4096: 5.1, a warp a row
+        # 6.1; but 1024 x 4096: 9.8 and 9.0, 512 x 8192: 10.6 and, as below, 10.0. 32 x 32768: 8 tiles
+        # 4.4, 4 tiles 5.6; two inputs 6.6 and 9.1.
         num_warps = max(1, min(16, block_rows * pow2(hidden) // 512))
-        # 64 elements a thread of the widest rows. 4096 x 20480 by 8 warps: 99.4, with all 80 in registers 129.8.
+        load_weight = "first"
         kept_tiles = 8
-    elif hidden <= 3072:
+    elif hidden <= (3072 if num_inputs == 1 else 4096):
         # A row fits a warp, which sums it without a barrier. 16384 x 2560: 42.4, 2 warps 44.1, 8 warps
         # 47.7; 163840 x 128: 21.4, 2 warps 22.1, half as many rows 26.2; 262144 x 111: 37.0, 42.2, 41.8.
-        # 16384 x 3072: 50.6, 4 warps 51.4; of two inputs 98.1 and 101.5.
+        # Two inputs, 16384 x 4096: 129.2, 2 warps 138.0, 8 warps 133.0, 16 warps 132.5; weight first 131.3,
+        # last 134.1. One input: 16384 x 3584: 63.3, 4 warps 59.2, 8 warps 60.2.
         num_warps = 1
-    elif hidden < 4096:
-        # 16384 x 3584: 60.8 (another run 60.4), 8 warps 60.8, one 66.1; of two inputs 119.2, 117.3, 115.8.
-        num_warps = 4
-    elif hidden <= 8192:
-        # 16384 x 4096: 8 warps 69.1, 4 warps 70.6, 16 warps 74.0. Two inputs, 8192 x 8192: 16 warps 137.7,
-        # 8 warps 140.3; 16384 x 4096: 133.9 and 135.2.
+        load_weight = "first" if num_inputs == 1 else "before the sum"
+    elif hidden <= (10240 if num_inputs == 1 else 7168):
+        # 8 bytes an access lets tiles fill rows of 5120 and leaves registers for more programs.
+        # 8192 x 5120: 43.6, 16 bytes 44.3, weight last 45.1; two inputs, 16 warps 84.0, 16 bytes 86.6,
+        # 8 warps 83.8, but 8192 x 6144 99.8 and 101.5. 16384 x 4096: 67.6, 16 bytes 68.8. 8192 x 8192: 70.1,
+        # 16 warps 70.8; 8192 x 10240: 88.3, 16 warps, weight last, 88.5.
         num_warps = 8 if num_inputs == 1 else 16
-    else:
-        # Registers for few tiles let two programs run. 16384 x 16384: 281.6, 3 tiles 298.5, all of them by 8
-        # warps 302.8; two inputs, 8192 x 12288, 3 tiles 205.6, 2 tiles 211.5, 8 warps 210.7; 4096 x 20480,
-        # 2 tiles 182.1, 3 tiles 222.3, 8 warps 195.6.
+        load_weight = "before the sum"
+        per_thread = 4
+    elif num_inputs == 1:
+        # Of a row of 16384, 3 tiles of 4 leave registers for 3 programs: 72.2, 2 tiles 72.7, all of them
+        # 74.6, weight first 76.2. 8192 x 12288: 104.7, weight before the sum 110.0; 4096 x 32768: 3 tiles
+        # 155.7, 5 tiles 150.2.
         num_warps = 16
-        kept_tiles = 2 if num_inputs == 1 or hidden > 16384 else 3
-    # 8 elements a thread and tile: 16 bytes, the widest access.
-    block = min(pow2(hidden), num_warps * THREADS_A_WARP * 8)
-    return Config(block_rows, block, kept_tiles, num_warps)
-
-
-class Tile(NamedTuple):
-    at: tuple[jax.Array, jax.Array]  # rows and columns
-    mask: jax.Array | None
-    x: jax.Array  # float32 [block_rows, block], the sum of the inputs
-    weight: jax.Array  # [1, block]
+        load_weight = "last"
+        kept_tiles = 3 if hidden <= 16384 else 5
+    elif hidden <= 16384:
+        # All the threads a multiprocessor holds, at 32 registers each. 8192 x 8192: 133.2, 16 warps 134.0;
+        # 8192 x 12288: 198.7 and 201.4, weight last 202.0; 4096 x 16384: weight last 134.8, else 135.6, 16
+        # warps 138.8, weight first 165.6; 8192 x 14336: 234.3, weight before the sum 271.5.
+        num_warps = 32
+        load_weight = "before the sum" if hidden <= 12288 else "last"
+        per_thread = 4
+    else:
+        # 4096 x 20480: 172.7, 4 tiles 175.5, 32 warps 186.5; 4096 x 24576: 2 tiles 224.0, 5 tiles 242.0.
+        num_warps = 16
+        load_weight = "last"
+        kept_tiles = 5 if hidden <= 20480 else 2
+    block = min(pow2(hidden), num_warps * THREADS_A_WARP * per_thread)
+    return Config(block_rows, block, kept_tiles, num_warps, load_weight)
 
 
 def _rmsnorm_kernel(
@@ -83,52 +99,79 @@ def _rmsnorm_kernel(
     num_inputs: int,
     eps: float,
     weight_offset: float,
-    block_rows: int,
-    block: int,
-    kept_tiles: int,
+    config: Config,
 ):
     in_refs, weight_ref = refs[:num_inputs], refs[num_inputs]
     y_ref, *sum_refs = refs[num_inputs + 1 :]
     num_rows, hidden = y_ref.shape
-    row = (pl.program_id(0) * block_rows + jnp.arange(block_rows, dtype=jnp.int32))[:, None]
+    block = config.block
     tiles = pl.cdiv(hidden, block)
-    again = max(0, tiles - kept_tiles)  # tiles that are read twice
+    again = max(0, tiles - config.kept_tiles)  # tiles that are read twice
+    kept = range(again, tiles)
 
-    def load(i) -> Tile:
-        column = (i * block + jnp.arange(block, dtype=jnp.int32))[None, :]
-        mask = (row < num_rows) & (column < hidden)
-        weight = plgpu.load(weight_ref.at[column], mask=column < hidden, other=0)
-        x = [plgpu.load(ref.at[row, column], mask=mask, other=0) for ref in in_refs]
-        x = [x.astype(jnp.float32) for x in x]
-        return Tile((row, column), mask, sum(x[1:], x[0]), weight)
+    row, exist = block_of(pl.program_id(0), config.block_rows, num_rows)
+    if config.block_rows > 1:
+        row, exist = row[:, None], None if exist is None else exist[:, None]
 
-    def write_sum(tile: Tile):
+    def columns(i):
+        """Columns of tile i, and which of them there are."""
+        column = (i * block + jnp.arange(block, dtype=jnp.int32)).reshape(*row.shape[1:], block)
+        whole = hidden % block == 0 or (isinstance(i, int) and i < tiles - 1)
+        return column, None if whole else column < hidden
+
+    def at(i):
+        """What the elements of tile i are indexed by, and which of them there are."""
+        column, inside = columns(i)
+        mask = both(exist, inside)
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, jnp.broadcast_shapes(row.shape, column.shape))
+        return (row, column), mask
+
+    def load(ref, index, mask):
+        return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0)
+
+    def load_inputs(i):
+        return [load(ref, *at(i)) for ref in in_refs]
+
+    def load_weight(i):
+        return load(weight_ref, *columns(i))
+
+    def add(inputs):
+        x, *residual = (x.astype(jnp.float32) for x in inputs)
+        return sum(residual, x)
+
+    def store(ref, i, x):
+        index, mask = at(i)
+        plgpu.store(ref.at[index], x.astype(ref.dtype), mask=mask)
+
+    def write_sum(i, x):
         for ref in sum_refs:
-            plgpu.store(ref.at[tile.at], tile.x.astype(ref.dtype), mask=tile.mask)
+            store(ref, i, x)
 
-    def write(tile: Tile):
-        y = tile.x * scale * (tile.weight.astype(jnp.float32) + weight_offset)
-        plgpu.store(y_ref.at[tile.at], y.astype(y_ref.dtype), mask=tile.mask)
+    def write(i, x, weight):
+        store(y_ref, i, x * scale * (weight.astype(jnp.float32) + weight_offset))
 
     # The first use of a load waits for it, and holds up those behind: all of them come first.
-    kept = [load(i) for i in range(again, tiles)]
-    for tile in kept:
-        write_sum(tile)
-    squares = sum(tile.x * tile.x for tile in kept)
+    inputs = {i: load_inputs(i) for i in kept}
+    weights = {i: load_weight(i) for i in kept if config.load_weight == "first"}
+    xs = {i: add(x) for i, x in inputs.items()}
+    for i, x in xs.items():
+        write_sum(i, x)
+    weights |= {i: load_weight(i) for i in kept if config.load_weight == "before the sum"}
 
     def add_squares(i, squares):
-        x = load(i).x
+        x = add(load_inputs(i))
         return squares + x * x
 
-    squares = jax.lax.fori_loop(0, again, add_squares, squares)
-    scale = jax.lax.rsqrt(jnp.sum(squares, axis=1, keepdims=True) / hidden + eps)
-    for tile in kept:
-        write(tile)
+    squares = jax.lax.fori_loop(0, again, add_squares, sum(x * x for x in xs.values()))
+    scale = jax.lax.rsqrt(jnp.sum(squares, axis=-1, keepdims=row.ndim > 0) / hidden + eps)
+    for i, x in xs.items():
+        write(i, x, weights[i] if i in weights else load_weight(i))
 
     def write_again(i, _):
-        tile = load(i)
-        write_sum(tile)
-        write(tile)
+        x = add(load_inputs(i))
+        write_sum(i, x)
+        write(i, x, load_weight(i))
 
     jax.lax.fori_loop(0, again, write_again, None)
 
@@ -155,9 +198,7 @@ def rmsnorm(
             num_inputs=len(inputs),
             eps=eps,
             weight_offset=weight_offset,
-            block_rows=config.block_rows,
-            block=config.block,
-            kept_tiles=config.kept_tiles,
+            config=config,
         ),
         *rows,
         weight,
