@@ -145,6 +145,7 @@ class Loop(Case):
     num_qo_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+    qk_norm: bool = False
 
 
 def _decode(name: str, batch: int, kv_len: int, page_size: int, **shape) -> Attention:
@@ -302,19 +303,22 @@ def _full() -> list[Case]:
         _step("b8_8k", 8, 8192),
         _step("b8_32k", 8, 32768),
     ]
-    llama3_8b: dict[str, Any] = dict(
-        num_layers=NUM_LAYERS, hidden=4096, intermediate=14336, vocab=128256
-    )
-    cases.append(
-        Loop(
-            op="decode_loop",
-            name="llama3_8b_b32_4k",
-            batch=32,
-            kv_len=4096,
-            steps=32,  # as `generate` takes at once
-            **llama3_8b,
+    models: dict[str, dict[str, Any]] = {
+        "llama3_8b": dict(num_layers=NUM_LAYERS, intermediate=14336, vocab=128256),
+        "qwen3_8b": dict(num_layers=36, intermediate=12288, vocab=151936, qk_norm=True),
+    }
+    for name, model in models.items():
+        cases.append(
+            Loop(
+                op="decode_loop",
+                name=f"{name}_b32_4k",
+                batch=32,
+                kv_len=4096,
+                steps=32,  # as `generate` takes at once
+                hidden=4096,
+                **model,
+            )
         )
-    )
     return cases
 
 
@@ -348,6 +352,7 @@ def _smoke() -> list[Case]:
             hidden=128,
             intermediate=64,
             vocab=64,
+            qk_norm=True,
             **heads,
         ),
     ]

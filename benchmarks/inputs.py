@@ -187,6 +187,7 @@ def loop_config(case: Loop) -> llama.LlamaConfig:
         rms_norm_eps=EPS,
         max_position_embeddings=case.kv_len + case.steps,
         rope=llama.RopeConfig(ROPE_THETA),
+        qk_norm=case.qk_norm,
     )
 
 

@@ -182,24 +182,29 @@ def _cases(cases: dict[Key, dict[str, Row]]) -> str:
 
 
 def _loops(cases: dict[Key, dict[str, Row]]) -> str:
-    """A line a decode loop: a step by the clock, and how much of it is not kernels. Maybe empty."""
+    """A line a decode loop: a step by the clock, what of it is not kernels, and what fused ops gain. Maybe empty."""
     lines = []
     for key, rows in cases.items():
-        ours = rows.get(OURS)
+        ours, apart = rows.get(OURS), rows.get("jaxattn-separate")
         if key[0] == "decode_loop" and ours and ours["ok"]:
-            lines.append(
-                [
-                    label(key, rows),
-                    _us(ours),
-                    f"{ours['kernel_us']:.0f}",
-                    str(ours["kernels"]),
-                    f"{ours['us'] / ours['kernel_us'] - 1:+.1%}",
-                    f"{ours['gbps'] / 1e3:.2f}",
-                    f"{ours['roof_share']:.0%}",
-                ]
-            )
+            line = [
+                label(key, rows),
+                _us(ours),
+                f"{ours['kernel_us']:.0f}",
+                str(ours["kernels"]),
+                f"{ours['us'] / ours['kernel_us'] - 1:+.1%}",
+                f"{ours['gbps'] / 1e3:.2f}",
+                f"{ours['roof_share']:.0%}",
+                _us(apart),
+            ]
+            if apart and apart["ok"]:
+                line += [str(apart["kernels"]), f"{apart['us'] / ours['us'] - 1:+.1%}"]
+            else:
+                line += ["–", "–"]
+            lines.append(line)
     head = ["case", "us a step, wall clock", "us of kernels", "kernels", "beyond kernels"]
-    return _markdown([*head, "TB/s", "of roof"], lines) if lines else ""
+    head += ["TB/s", "of roof", "an op each, us a step", "kernels", "more time"]
+    return _markdown(head, lines) if lines else ""
 
 
 def _plans(cases: dict[Key, dict[str, Row]]) -> str:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -406,7 +407,27 @@ def test_wrong_rows_are_shown_and_never_compared():
 def test_what_a_loop_takes_beyond_its_kernels():
     row = fake_row("jaxattn", 8400.0, op="decode_loop") | dict(kernel_us=8000.0, kernels=400)
     table = report.make_tables(fake_results(row))["decode_loop"]
-    assert "| 8400 | 8000 | 400 | +5.0% |" in table
+    assert "| 8400 | 8000 | 400 | +5.0% |" in table and table.endswith("| – | – | – |")
+
+
+def test_what_a_loop_gains_by_fused_ops():
+    ours, apart = (
+        fake_row(name, us, op="decode_loop") | dict(kernel_us=8000.0, kernels=kernels)
+        for name, us, kernels in (("jaxattn", 8000.0, 400), ("jaxattn-separate", 8800.0, 600))
+    )
+    table = report.make_tables(fake_results(ours, apart))["decode_loop"]
+    assert table.endswith("| 8800 | 600 | +10.0% |")
+
+
+def test_a_loop_by_an_op_each_runs_no_fused_one():
+    """Nor does it leave what it traced to the other."""
+    loop = next(c for c in SMOKE if c.op == "decode_loop")
+    inputs = make_inputs(loop)
+    fused = {"jaxattn_rope_append_paged_kv_cache", "jaxattn_fused_add_rmsnorm"}
+    for separate in (False, True, False):
+        call = ours.make_call(loop, inputs, backend="interpret", separate=separate)
+        names = set(re.findall(r"jaxattn_\w+", str(jax.make_jaxpr(call.run)())))
+        assert names & fused == (set() if separate else fused)
 
 
 def test_targets_are_carried_over_as_a_share_of_peak():

@@ -5,8 +5,10 @@ Kernel times of attention leave the plan out, as those of FlashInfer do; a decod
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ def versions() -> dict[str, str]:
 
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
     calls = {"jaxattn": lambda: make_call(case, inputs)}
-    if isinstance(case, RopeAppend):
+    if isinstance(case, RopeAppend | Loop):
         calls["jaxattn-separate"] = lambda: make_call(case, inputs, separate=True)
     return calls
 
@@ -70,12 +72,25 @@ def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool 
 
             return update(rope, (x.query, x.key), (x.positions, x.cos_sin_cache))
         case RopeAppend():
-            op = _norm_rope_append if separate else _rope_append
-            step = functools.partial(op, case, backend)
-            rest = (x.qkv, x.norm_weights, x.batch_indices, x.positions, x.cos_sin_cache)
-            return in_place(step, x.cache.arrays, (*rest, x.pages.table))
+            op: Any = _rope_append_by_parts if separate else ja.rope_append_paged_kv_cache
+
+            def rope_append(k, v, norm_weights, table, *tokens):
+                q_weight, k_weight = norm_weights or (None, None)
+                q, cache = op(
+                    *tokens,
+                    ja.PagedKVCache((k, v)),
+                    table,
+                    q_norm_weight=q_weight,
+                    k_norm_weight=k_weight,
+                    eps=EPS,
+                    backend=backend,
+                )
+                return (*cache.arrays, q)
+
+            tokens = (x.qkv, x.batch_indices, x.positions, x.cos_sin_cache)
+            return in_place(rope_append, x.cache.arrays, (x.norm_weights, x.pages.table, *tokens))
         case Loop():
-            return _decode_loop(case, x, backend)
+            return _decode_loop(case, x, backend, separate)
     raise TypeError(f"no call for {type(case).__name__}")
 
 
@@ -100,40 +115,40 @@ def out_of_place(
     return Call(lambda: step(*updated, *rest))
 
 
-def _rope_append(case: RopeAppend, backend, k, v, qkv, weights, batch, positions, table, pages):
-    q_weight, k_weight = weights or (None, None)
-    q, cache = ja.rope_append_paged_kv_cache(
-        qkv,
-        batch,
-        positions,
-        table,
-        ja.PagedKVCache((k, v)),
-        pages,
-        q_norm_weight=q_weight,
-        k_norm_weight=k_weight,
-        eps=EPS,
-        backend=backend,
-    )
-    return (*cache.arrays, q)
-
-
-def _norm_rope_append(
-    case: RopeAppend, backend, k, v, qkv, weights, batch, positions, table, pages
+def _rope_append_by_parts(
+    qkv,
+    batch_indices,
+    positions,
+    cos_sin_cache,
+    cache,
+    page_table,
+    *,
+    q_norm_weight,
+    k_norm_weight,
+    eps,
+    backend,
 ):
-    """`_rope_append` by the ops it is made of."""
-    t, h, kh, d = case.num_tokens, case.num_qo_heads, case.num_kv_heads, case.head_dim
-    parts = jnp.split(qkv, (h * d, (h + kh) * d), axis=1)
-    query, key, value = (x.reshape(t, -1, d) for x in parts)
-    if weights is not None:
-        query, key = (
-            ja.rmsnorm(x, weight, EPS, backend=backend) for x, weight in zip((query, key), weights)
-        )
-    query, key = ja.apply_rope_with_cos_sin_cache_inplace(
-        positions, query, key, d, table, backend=backend
+    """`rope_append_paged_kv_cache` by the ops it is made of."""
+    t, kh, d = qkv.shape[0], cache.num_kv_heads, cache.head_dim
+    query, key, value = (
+        x.reshape(t, -1, d) for x in jnp.split(qkv, (-2 * kh * d, -kh * d), axis=1)
     )
-    cache = ja.PagedKVCache((k, v))
-    cache = ja.append_paged_kv_cache(key, value, batch, positions, cache, pages, backend=backend)
-    return (*cache.arrays, query)
+    if q_norm_weight is not None:
+        query = ja.rmsnorm(query, q_norm_weight, eps, backend=backend)
+        key = ja.rmsnorm(key, k_norm_weight, eps, backend=backend)
+    query, key = ja.apply_rope_with_cos_sin_cache_inplace(
+        positions, query, key, d, cos_sin_cache, backend=backend
+    )
+    cache = ja.append_paged_kv_cache(
+        key, value, batch_indices, positions, cache, page_table, backend=backend
+    )
+    return query, cache
+
+
+def _add_rmsnorm_by_parts(x, residual, weight, eps, *, backend):
+    """`fused_add_rmsnorm` by the sum, rounded, and its norm."""
+    total = x + residual
+    return ja.rmsnorm(total, weight, eps, backend=backend), total
 
 
 def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call:
@@ -173,7 +188,27 @@ def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call
     return Call(lambda: step(x.q, x.caches, x.pages.table))
 
 
-def _decode_loop(case: Loop, x: LoopInputs, backend: str | None) -> Call:
+# Undecorated: what JAX traced of the fused ones, under their names, must not be taken for these.
+_layer, _decode_steps = inspect.unwrap(llama._layer), inspect.unwrap(decode_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "backend"))
+@functools.wraps(_layer)
+def _layer_by_parts(*args, **options):
+    """A layer of the model that fuses nothing."""
+    parts: dict[str, Any] = dict(rope_append_paged_kv_cache=_rope_append_by_parts)
+    parts |= dict(fused_add_rmsnorm=_add_rmsnorm_by_parts)
+    with mock.patch.multiple(llama, **parts):
+        return _layer(*args, **options)
+
+
+def _decode_steps_by_parts(*args, **options):
+    """`decode_steps` of a model that fuses nothing."""
+    with mock.patch.object(llama, "_layer", _layer_by_parts):
+        return _decode_steps(*args, **options)
+
+
+def _decode_loop(case: Loop, x: LoopInputs, backend: str | None, separate: bool) -> Call:
     """Every call decodes the same steps: the caches move on with it, the lengths begin anew."""
     config = loop_config(case)
 
@@ -191,7 +226,8 @@ def _decode_loop(case: Loop, x: LoopInputs, backend: str | None) -> Call:
         )
         state = State(caches, zeros() + case.kv_len, token, zeros(), zeros(bool))
         options: dict[str, Any] = dict(config=config, sampling=Sampling(), backend=backend)
-        state, tokens = decode_steps(params, state, requests, num_steps=case.steps, **options)
+        take_steps = _decode_steps_by_parts if separate else decode_steps
+        state, tokens = take_steps(params, state, requests, num_steps=case.steps, **options)
         new = appended(state.caches, block_table, case.kv_len, case.steps)
         return state.caches, (tokens, *new)
 
