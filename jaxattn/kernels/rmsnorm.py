@@ -23,8 +23,9 @@ from jaxattn.kernels._launch import launch
 from jaxattn.kernels._rows import block_of, both, pow2
 
 THREADS_A_WARP = 32
+WIDEST = 8  # elements of the widest access, in 16 bits: 16 bytes, for rows of a multiple of them
 
-When = Literal["first", "before the sum", "last"]
+When = Literal["first", "after the inputs", "before the sum", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +48,22 @@ def default_config(num_rows: int, hidden: int, num_inputs: int) -> Config:
     block_rows = max(1, 1024 // pow2(hidden))
     kept_tiles = 16
     load_weight: When
-    per_thread = 8  # elements of a tile: 16 bytes, the widest access
+    per_thread = WIDEST  # elements of a tile
     if num_rows * pow2(hidden) <= 2**21:
         # Few rows, all at once: the shortest wait. 16 elements a thread: 1 x 4096: 8 warps 1.70, 4 warps
         # 1.86, 2 warps 2.15; 128 x 4096: 2.2 by 4 to 16 warps. Two inputs, 512 x 4096: 5.1, a warp a row
         # 6.1; but 1024 x 4096: 9.8 and 9.0, 512 x 8192: 10.6 and, as below, 10.0. 32 x 32768: 8 tiles
         # 4.4, 4 tiles 5.6; two inputs 6.6 and 9.1.
         num_warps = max(1, min(16, block_rows * pow2(hidden) // 512))
-        load_weight = "first"
+        load_weight = "after the inputs"
         kept_tiles = 8
-    elif hidden <= (3072 if num_inputs == 1 else 4096):
+    elif hidden <= (3072 if num_inputs == 1 or hidden % WIDEST else 4096):
         # A row fits a warp, which sums it without a barrier. 16384 x 2560: 42.4, 2 warps 44.1, 8 warps
         # 47.7; 163840 x 128: 21.4, 2 warps 22.1, half as many rows 26.2; 262144 x 111: 37.0, 42.2, 41.8.
         # Two inputs, 16384 x 4096: 129.2, 2 warps 138.0, 8 warps 133.0, 16 warps 132.5; weight first 131.3,
         # last 134.1. One input: 16384 x 3584: 63.3, 4 warps 59.2, 8 warps 60.2.
         num_warps = 1
-        load_weight = "first" if num_inputs == 1 else "before the sum"
+        load_weight = "after the inputs" if num_inputs == 1 else "before the sum"
     elif hidden <= (10240 if num_inputs == 1 else 7168):
         # 8 bytes an access lets tiles fill rows of 5120 and leaves registers for more programs.
         # 8192 x 5120: 43.6, 16 bytes 44.3, weight last 45.1; two inputs, 16 warps 84.0, 16 bytes 86.6,
@@ -91,6 +92,9 @@ def default_config(num_rows: int, hidden: int, num_inputs: int) -> Config:
         load_weight = "last"
         kept_tiles = 5 if hidden <= 20480 else 2
     block = min(pow2(hidden), num_warps * THREADS_A_WARP * per_thread)
+    if hidden % WIDEST:
+        # 262144 x 111: 36.9, two inputs 71.0; as above, and without a mask of rows, 38.3 and 81.9.
+        load_weight = "first"
     return Config(block_rows, block, kept_tiles, num_warps, load_weight)
 
 
@@ -110,6 +114,9 @@ def _rmsnorm_kernel(
     kept = range(again, tiles)
 
     row, exist = block_of(pl.program_id(0), config.block_rows, num_rows)
+    if hidden % WIDEST:
+        # Masked even where all of them exist: the compiler then has more loads under way.
+        exist = row < num_rows
     if config.block_rows > 1:
         row, exist = row[:, None], None if exist is None else exist[:, None]
 
@@ -152,8 +159,9 @@ def _rmsnorm_kernel(
         store(y_ref, i, x * scale * (weight.astype(jnp.float32) + weight_offset))
 
     # The first use of a load waits for it, and holds up those behind: all of them come first.
-    inputs = {i: load_inputs(i) for i in kept}
     weights = {i: load_weight(i) for i in kept if config.load_weight == "first"}
+    inputs = {i: load_inputs(i) for i in kept}
+    weights |= {i: load_weight(i) for i in kept if config.load_weight == "after the inputs"}
     xs = {i: add(x) for i, x in inputs.items()}
     for i, x in xs.items():
         write_sum(i, x)
