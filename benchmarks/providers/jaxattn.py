@@ -130,9 +130,8 @@ def _rope_append_by_parts(
 ):
     """`rope_append_paged_kv_cache` by the ops it is made of."""
     t, kh, d = qkv.shape[0], cache.num_kv_heads, cache.head_dim
-    query, key, value = (
-        x.reshape(t, -1, d) for x in jnp.split(qkv, (-2 * kh * d, -kh * d), axis=1)
-    )
+    ends = (qkv.shape[1] - 2 * kh * d, qkv.shape[1] - kh * d)
+    query, key, value = (x.reshape(t, -1, d) for x in jnp.split(qkv, ends, axis=1))
     if q_norm_weight is not None:
         query = ja.rmsnorm(query, q_norm_weight, eps, backend=backend)
         key = ja.rmsnorm(key, k_norm_weight, eps, backend=backend)
