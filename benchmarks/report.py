@@ -203,7 +203,7 @@ def _loops(cases: dict[Key, dict[str, Row]]) -> str:
                 line += ["–", "–"]
             lines.append(line)
     head = ["case", "us a step, wall clock", "us of kernels", "kernels", "beyond kernels"]
-    head += ["TB/s", "of roof", "an op each, us a step", "kernels", "more time"]
+    head += ["TB/s", "of roof", "an op each, us a step", "its kernels", "more time"]
     return _markdown(head, lines) if lines else ""
 
 

@@ -36,11 +36,11 @@ _ATTENTION: dict[str, tuple[Any, ...]] = dict(
     num_stages=(2, 3, 4, 5),
 )
 _NORM: dict[str, tuple[Any, ...]] = dict(
-    block_rows=(1, 4, 8),
-    block=(256, 512, 1024, 2048, 4096),
-    kept_tiles=(4, 16),
-    num_warps=(1, 2, 4, 8, 16, 32),
-    load_weight=get_args(rmsnorm.When),
+    block_rows=(1, 8),
+    block=(256, 1024, 2048, 4096),
+    kept_tiles=(2, 3, 5, 16),
+    num_warps=(1, 4, 8, 16, 32),
+    load_weight=get_args(rmsnorm.LoadWeight),
 )
 _HEADS: dict[str, tuple[Any, ...]] = dict(
     block_tokens=(1, 2, 4, 8), head_blocks=(1, 2, 4, 8), num_warps=(1, 2, 4, 8)

@@ -72,11 +72,11 @@ def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool 
 
             return update(rope, (x.query, x.key), (x.positions, x.cos_sin_cache))
         case RopeAppend():
-            op: Any = _rope_append_by_parts if separate else ja.rope_append_paged_kv_cache
+            fused_or_not: Any = _rope_append_by_parts if separate else ja.rope_append_paged_kv_cache
 
             def rope_append(k, v, norm_weights, table, *tokens):
                 q_weight, k_weight = norm_weights or (None, None)
-                q, cache = op(
+                q, cache = fused_or_not(
                     *tokens,
                     ja.PagedKVCache((k, v)),
                     table,
@@ -195,9 +195,12 @@ _layer, _decode_steps = inspect.unwrap(llama._layer), inspect.unwrap(decode_step
 @functools.wraps(_layer)
 def _layer_by_parts(*args, **options):
     """A layer of the model that fuses nothing."""
-    parts: dict[str, Any] = dict(rope_append_paged_kv_cache=_rope_append_by_parts)
-    parts |= dict(fused_add_rmsnorm=_add_rmsnorm_by_parts)
-    with mock.patch.multiple(llama, **parts):
+    # Nothing else traces the model meanwhile: a case's calls start in turn, its oracle's after them.
+    with mock.patch.multiple(
+        llama,
+        rope_append_paged_kv_cache=_rope_append_by_parts,
+        fused_add_rmsnorm=_add_rmsnorm_by_parts,
+    ):
         return _layer(*args, **options)
 
 
