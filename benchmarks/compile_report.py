@@ -417,6 +417,7 @@ CASES = (
     _case("ragged bf16 32/32 d64", _ragged_prefill, 32, 32, 64),
     _case("merge_state bf16 d128", _merge_state, 128, hot=True),
     _case("merge_states bf16 d128", _merge_states, 128, hot=True),
+    _case("rmsnorm bf16 111", _rmsnorm, 111),
     _case("rmsnorm bf16 3072", _rmsnorm, 3072, hot=True),
     _case("rmsnorm bf16 4096", _rmsnorm, 4096, hot=True),
     _case("rmsnorm bf16 8192", _rmsnorm, 8192, hot=True),
