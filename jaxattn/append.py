@@ -20,6 +20,12 @@ from jaxattn.kernels import rope_append as fused_kernels
 from jaxattn.kv_cache import PagedKVCache, PageTable
 
 
+def check_table(page_table: PageTable, cache: PagedKVCache) -> PageTable:
+    """The table, made for this cache, on the device and with at least one entry; raises otherwise."""
+    page_table.check()
+    return page_table.with_page_size(cache.page_size).padded()
+
+
 def append_paged_kv_cache(
     append_key: Array,
     append_value: Array,
@@ -56,7 +62,7 @@ def append_paged_kv_cache(
     """
     cache = paged_kv_cache
     cache.check()
-    page_table.check()
+    page_table = check_table(page_table, cache)
     check_index("batch_indices", batch_indices, "t")
     t = batch_indices.shape[0]
     check_index("positions", positions, t)
@@ -124,7 +130,7 @@ def rope_append_paged_kv_cache(
     """
     cache = paged_kv_cache
     cache.check()
-    page_table.check()
+    page_table = check_table(page_table, cache)
     check_index("batch_indices", batch_indices, "t")
     t = batch_indices.shape[0]
     check_index("positions", positions, t)

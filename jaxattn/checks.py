@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -41,8 +42,23 @@ def check_same_dtype(**arrays: Any) -> None:
 def check_index(name: str, x: jax.Array, num_elements: int | str) -> None:
     """Raises unless `x` is an int32 vector of `num_elements` (a string: any number)."""
     check_shape(name, x, (num_elements,))
+    check_int32(name, x)
+
+
+def check_int32(name: str, x: Any) -> None:
+    """Raises TypeError unless `x` is int32."""
     if x.dtype != jnp.int32:
         raise TypeError(f"{name} must be int32; got {x.dtype.name}: use {name}.astype(jnp.int32)")
+
+
+def check_host_lengths(name: str, lengths: np.ndarray, most: int, why: str) -> None:
+    """Raises ValueError unless lengths on the host are in [0, most]."""
+    wrong = np.flatnonzero((lengths < 0) | (lengths > most))
+    if wrong.size:
+        i = int(wrong[0])
+        raise ValueError(
+            f"{name} must be in [0, {most}] ({why} tokens); got {name}[{i}]={lengths[i]}"
+        )
 
 
 def check_positive(**values: int) -> None:

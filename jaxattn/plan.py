@@ -118,9 +118,9 @@ class PrefillPlan:
 def plan_decode(
     page_table: PageTable,
     *,
-    page_size: int,
     num_qo_heads: int,
     num_kv_heads: int,
+    page_size: int | None = None,
     fixed_split_size: int | None = None,
     disable_split_kv: bool = False,
     num_sms: int | None = None,
@@ -129,7 +129,7 @@ def plan_decode(
 
     Args:
       page_table: the pages of b requests; shapes fix capacities, contents are free.
-      page_size: tokens a page.
+      page_size: tokens a page; default: the table's.
       num_qo_heads, num_kv_heads: heads of q and of the cache (of one shard, under shard_map).
       fixed_split_size: cut the keys of every request into splits of so many pages. A request's output is then
         bitwise the same whatever the batch around it; without it, splits depend on the batch's lengths.
@@ -142,11 +142,9 @@ def plan_decode(
     Raises:
       ValueError, TypeError: shapes, dtypes or head counts that do not fit.
     """
-    page_table.check()
-    check_positive(page_size=page_size)
+    page_table, page_size = _checked(page_table, page_size)
     check_heads(num_qo_heads, num_kv_heads)
     _check_split(fixed_split_size, disable_split_kv)
-    page_table = _with_pages(page_table)
     group = num_qo_heads // num_kv_heads
     block_rows = min(max(MIN_ROWS, 1 << (group - 1).bit_length()), MID_ROWS)
     kv_len = page_table.kv_len(page_size)
@@ -189,10 +187,10 @@ def plan_prefill(
     qo_indptr: Array,
     page_table: PageTable,
     *,
-    page_size: int,
     num_qo_tokens: int,
     num_qo_heads: int,
     num_kv_heads: int,
+    page_size: int | None = None,
     causal: bool = True,
     fixed_split_size: int | None = None,
     disable_split_kv: bool = False,
@@ -203,7 +201,7 @@ def plan_prefill(
     Args:
       qo_indptr: int32 [b + 1], starts at 0; query tokens of request i are `qo_indptr[i]:qo_indptr[i + 1]`.
       page_table: the pages of b requests.
-      page_size: tokens a page.
+      page_size: tokens a page; default: the table's.
       num_qo_tokens: rows of q; those from qo_indptr[b] on give 0 and lse -inf.
       num_qo_heads, num_kv_heads: heads of q and of the cache (of one shard, under shard_map).
       causal: query i of a request sees keys 0 .. kv_len - qo_len + i; otherwise all kv_len keys.
@@ -217,10 +215,8 @@ def plan_prefill(
     Raises:
       ValueError, TypeError: shapes, dtypes or head counts that do not fit.
     """
-    page_table.check()
+    page_table, page_size = _checked(page_table, page_size)
     check_index("qo_indptr", qo_indptr, page_table.batch_size + 1)
-    check_positive(page_size=page_size)
-    page_table = _with_pages(page_table)
     return _plan_prefill(
         jnp.asarray(qo_indptr),
         page_table.indices,
@@ -351,13 +347,14 @@ def _check_split(fixed_split_size: int | None, disable_split_kv: bool) -> None:
             )
 
 
-def _with_pages(page_table: PageTable) -> PageTable:
-    """The table on the device, with at least one entry: kernels take no array without elements."""
+def _checked(page_table: PageTable, page_size: int | None) -> tuple[PageTable, int]:
+    """The table on the device, with at least one entry: kernels take no array without elements; its page size."""
+    page_table.check()
+    page_table = page_table.with_page_size(page_size)
     check_positive(batch_size=page_table.batch_size)
-    page_table = jax.tree.map(jnp.asarray, page_table)
-    if page_table.indices.size:
-        return page_table
-    return dataclasses.replace(page_table, indices=jnp.zeros(1, jnp.int32))
+    page_table = page_table.padded()
+    assert page_table.page_size is not None
+    return page_table, page_table.page_size
 
 
 def _rows_of_tile(rows: int, batch: int, num_kv_heads: int, num_sms: int) -> int:

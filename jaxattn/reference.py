@@ -285,10 +285,9 @@ def append_paged_kv_cache(
     cache, table = paged_kv_cache, page_table
     p = cache.page_size
     valid = (batch_indices >= 0) & (batch_indices < table.batch_size) & (positions >= 0)
-    batch = jnp.where(valid, batch_indices, 0)
-    entry = table.indptr[batch] + positions // p
-    valid &= entry < table.indptr[batch + 1]
-    page = table.indices.at[entry].get(mode="fill", fill_value=-1)
+    first, count = (x.at[batch_indices].get(mode="fill", fill_value=0) for x in table.rows())
+    valid &= positions // p < count
+    page = table.indices.at[jnp.where(valid, first + positions // p, 0)].get(mode="clip")
     valid &= (page >= 0) & (page < cache.num_pages)
     page = jnp.where(valid, page, cache.num_pages)
     slot = positions % p

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from jaxattn.kernels._paged_tile import divmod_by
 from jaxattn.kernels._rows import Mask, both, load
@@ -41,10 +42,12 @@ class PageSlots:
         page_of_request, slot = divmod_by(position, self.page_size)
         known = (batch >= 0) & (batch < indptr_ref.shape[0] - 1) & (position >= 0)
         known = both(exist, known)
-        begin, end = load(indptr_ref, batch, known), load(indptr_ref, batch + 1, known)
-        entry = begin + page_of_request
-        known &= (entry < end) & (entry < indices_ref.shape[0])
-        page = load(indices_ref, entry, known)
+        begin, end = (
+            jnp.clip(load(indptr_ref, row, known), 0, indices_ref.shape[0])
+            for row in (batch, batch + 1)
+        )
+        known &= page_of_request < end - begin
+        page = load(indices_ref, begin + page_of_request, known)
         known &= (page >= 0) & (page < self.num_pages)
         return page * self.strides.page + slot * self.strides.slot, known
 
