@@ -31,7 +31,7 @@ from benchmarks.inputs import (
 )
 from jaxattn import reference
 from jaxattn.models import llama
-from jaxattn.plan import WorkItem
+from jaxattn.work_list import WorkItem
 
 ROWS = 16
 REQUESTS = 8

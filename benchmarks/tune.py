@@ -26,7 +26,7 @@ from benchmarks.oracle import make_oracle, tolerance
 from benchmarks.providers import jaxattn as ours
 from benchmarks.timing import Call
 from benchmarks.work import work
-from jaxattn.kernels import append, attention, merge, rmsnorm, rope, rope_append
+from jaxattn.kernels.triton import append, attention, merge, rmsnorm, rope, rope_append
 
 Config = dict[str, Any]  # the fields that differ from the default
 

@@ -7,7 +7,7 @@ pairs (query, key) that the mask admits; the softmax is not counted. Other ops h
 import dataclasses
 
 from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
-from jaxattn.plan import WorkItem
+from jaxattn.work_list import WorkItem
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 

@@ -16,8 +16,10 @@ from jaxattn.norm import fused_add_rmsnorm as fused_add_rmsnorm
 from jaxattn.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
 from jaxattn.norm import gemma_rmsnorm as gemma_rmsnorm
 from jaxattn.norm import rmsnorm as rmsnorm
-from jaxattn.plan import DecodePlan as DecodePlan
-from jaxattn.plan import PrefillPlan as PrefillPlan
+from jaxattn.operands import MaskBits as MaskBits
+from jaxattn.operands import packbits as packbits
+from jaxattn.operands import segment_packbits as segment_packbits
+from jaxattn.plan import AttentionPlan as AttentionPlan
 from jaxattn.plan import plan_decode as plan_decode
 from jaxattn.plan import plan_prefill as plan_prefill
 from jaxattn.plan import plan_ragged_prefill as plan_ragged_prefill

@@ -15,8 +15,8 @@ from jaxattn.checks import (
     check_shape,
 )
 from jaxattn.dispatch import dispatch
-from jaxattn.kernels import append as kernels
-from jaxattn.kernels import rope_append as fused_kernels
+from jaxattn.kernels.triton import append as kernels
+from jaxattn.kernels.triton import rope_append as fused_kernels
 from jaxattn.kv_cache import PagedKVCache, PageTable
 
 
@@ -44,8 +44,8 @@ def append_paged_kv_cache(
     one slot.
 
     Args:
-      append_key, append_value: [t, num_kv_heads, head_dim]; float16, bfloat16 or float32, rounded
-        to the cache's dtype.
+      append_key, append_value: [t, num_kv_heads, head_dim], that of K and that of V; float16, bfloat16
+        or float32, rounded to the cache's dtype.
       batch_indices: int32 [t].
       positions: int32 [t].
       paged_kv_cache: the cache of one layer. Its arrays are aliased to the result's: they are
@@ -68,7 +68,8 @@ def append_paged_kv_cache(
     check_index("positions", positions, t)
     sizes = dict(t=t, num_kv_heads=cache.num_kv_heads, head_dim=cache.head_dim)
     check_shape("append_key", append_key, tuple(sizes.values()), sizes)
-    check_shape("append_value", append_value, append_key.shape, sizes)
+    sizes |= dict(head_dim=cache.head_dim_v)
+    check_shape("append_value", append_value, tuple(sizes.values()), sizes)
     check_float("append_key", append_key)
     check_same_dtype(append_key=append_key, append_value=append_value)
     return dispatch(
@@ -137,6 +138,11 @@ def rope_append_paged_kv_cache(
     check_shape("qkv", qkv, (t, "(num_qo_heads + 2 * num_kv_heads) * head_dim"))
     check_float("qkv", qkv)
     d, kv_heads = cache.head_dim, cache.num_kv_heads
+    if cache.head_dim_v != d:
+        raise ValueError(
+            f"rope_append needs K and V of one head_dim; the cache has {d} and {cache.head_dim_v}: "
+            "use apply_rope_with_cos_sin_cache and append_paged_kv_cache"
+        )
     num_heads, rest = divmod(qkv.shape[1], d)
     if rest or num_heads <= 2 * kv_heads:
         raise ValueError(

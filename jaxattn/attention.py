@@ -1,12 +1,17 @@
 """Attention over a paged KV cache: decode, prefill and append; and prefill over contiguous keys."""
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxattn import reference
 from jaxattn.checks import (
+    FLOAT_DTYPES,
     check_choice,
     check_float,
     check_same_dtype,
@@ -14,118 +19,155 @@ from jaxattn.checks import (
     check_shape,
 )
 from jaxattn.dispatch import dispatch
-from jaxattn.kernels.attention import contiguous_attention, paged_attention
+from jaxattn.kernels.triton.attention import contiguous_attention, paged_attention
 from jaxattn.kv_cache import LAYOUTS, PagedKVCache
-from jaxattn.plan import DecodePlan, PrefillPlan
+from jaxattn.operands import ScoreMod, alibi
+from jaxattn.plan import AttentionPlan
+from jaxattn.spec import Score, check_soft_cap
 
 
 def paged_decode(
     q: Array,
     paged_kv_cache: PagedKVCache,
-    plan: DecodePlan,
+    plan: AttentionPlan,
     *,
     sm_scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    score_mod: Callable[..., Array] | None = None,
+    score_mod_arrays: Sequence[Array] = (),
+    out_dtype: DTypeLike | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
     """Attention of one query token per request over its paged keys, split-K (FlashDecoding).
 
-    `o = sum_j softmax_j(sm_scale <q, k_j>) v_j` over the request's kv_len keys; query head i uses KV head
-    `i // (num_qo_heads // num_kv_heads)`. Scores, softmax and partial results are float32.
+    `o = sum_j softmax_j(x_j) v_j` with logits `x_j = sm_scale <q, k_j>`, or what the options make of it, over the keys
+    that the plan's window admits; query head i uses KV head `i // (num_qo_heads // num_kv_heads)`. Scores, softmax and
+    partial results are float32.
 
     Args:
       q: [b, num_qo_heads, head_dim], the dtype of the cache: float16, bfloat16 or float32. Row i is request i.
-      paged_kv_cache: the cache of one layer. It already holds the new token's key and value.
+      paged_kv_cache: the cache of one layer. It already holds the new token's key and value. V may have a head_dim of
+        its own.
       plan: from `plan_decode`; the same for every layer of a step.
       sm_scale: softmax scale, a positive float; default 1 / sqrt(head_dim).
-      return_lse: also return the logsumexp of the scaled scores.
+      logits_soft_cap: a positive float: logits become `cap * tanh(x / cap)` (Gemma 2); None or 0: as they are. For
+        16-bit inputs by the hardware's tanh, whose relative error is 2^-11.
+      sinks: float32 [num_qo_heads], a further logit of each head that takes part in the softmax and has no value
+        (attention sinks, gpt-oss). lse counts it.
+      alibi_slopes: float32 [num_qo_heads]: logits get `slope * (key position - query position)` added (ALiBi), after
+        the cap. lse is that of these logits.
+      score_mod: a jnp function `(score, query_position, key_position, query_head, *arrays) -> logit`, traced into the
+        kernel. It gets the logit so far (scale, cap, ALiBi), float32, and int32 positions in the request; it works
+        elementwise on arguments that broadcast against each other.
+      score_mod_arrays: [num_qo_heads] each; score_mod gets its query head's element.
+      out_dtype: dtype of o, float16, bfloat16 or float32; default: q's.
+      return_lse: also return the logsumexp of the logits.
       backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
 
     Returns:
-      o [b, num_qo_heads, head_dim] in q's dtype; with return_lse, (o, lse float32 [b, num_qo_heads], natural
-      log). A request without keys gives 0 and -inf.
+      o [b, num_qo_heads, V's head_dim]; with return_lse, (o, lse float32 [b, num_qo_heads], natural log). A request
+      without keys gives 0 and -inf, or its sink.
 
     Raises:
-      ValueError: shapes that do not fit the plan and the cache; a backend that cannot run here.
+      ValueError: shapes or options that do not fit the plan and the cache; a backend that cannot run here.
       TypeError: an unsupported dtype, or q and the cache of different dtypes.
     """
-    if not isinstance(plan, DecodePlan):
-        raise TypeError(f"plan must come from plan_decode; got {type(plan).__name__}")
-    check_shape("q", q, (plan.batch_size, plan.num_qo_heads, "head_dim"))
-    _check_cache(q, paged_kv_cache, plan)
-    sm_scale = check_scale(sm_scale, q.shape[-1])
-
-    def kernel(q, cache, plan, *, interpret):
-        return paged_attention(
-            q, cache, plan, sm_scale=sm_scale, name="jaxattn_paged_decode", interpret=interpret
-        )
-
-    def xla(q, cache, plan):
-        return reference.paged_decode(q, cache, plan, sm_scale=sm_scale, return_lse=True)
-
-    o, lse = dispatch(backend, kernel, xla, q, paged_kv_cache, plan)
-    return (o, lse) if return_lse else o
+    if not isinstance(plan, AttentionPlan) or not plan.is_decode:
+        raise TypeError(f"plan must come from plan_decode; got {_kind(plan)}")
+    return _paged(
+        "jaxattn_paged_decode",
+        q,
+        paged_kv_cache,
+        plan,
+        _Options(
+            sm_scale,
+            logits_soft_cap,
+            sinks,
+            alibi_slopes,
+            score_mod,
+            score_mod_arrays,
+            out_dtype,
+            return_lse,
+            backend,
+        ),
+    )
 
 
 def paged_prefill(
     q: Array,
     paged_kv_cache: PagedKVCache,
-    plan: PrefillPlan,
+    plan: AttentionPlan,
     *,
     sm_scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    score_mod: Callable[..., Array] | None = None,
+    score_mod_arrays: Sequence[Array] = (),
+    out_dtype: DTypeLike | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
     """FlashAttention-2 of ragged query tokens over paged keys (Dao 2023, algorithm 1).
 
     Request i has query tokens `qo_indptr[i]:qo_indptr[i + 1]`, the last of its kv_len tokens. Causal plans are
-    bottom-right aligned: query j of a request sees its keys 0 .. kv_len - qo_len + j. Query head i uses KV head
-    `i // (num_qo_heads // num_kv_heads)`. Scores, softmax and partial results are float32.
+    bottom-right aligned: query j of a request sees its keys 0 .. kv_len - qo_len + j. What else a query sees, its plan
+    says: windows, spans, masks. Query head i uses KV head `i // (num_qo_heads // num_kv_heads)`. Scores, softmax and
+    partial results are float32.
 
     Args:
       q: [num_qo_tokens, num_qo_heads, head_dim], the dtype of the cache: float16, bfloat16 or float32.
-      paged_kv_cache: the cache of one layer. It already holds the new tokens' keys and values.
+      paged_kv_cache: the cache of one layer. It already holds the new tokens' keys and values. V may have a head_dim
+        of its own.
       plan: from `plan_prefill`; the same for every layer of a step.
-      sm_scale: softmax scale, a positive float; default 1 / sqrt(head_dim).
-      return_lse: also return the logsumexp of the scaled scores.
-      backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
+      The rest: as for `paged_decode`.
 
     Returns:
-      o [num_qo_tokens, num_qo_heads, head_dim] in q's dtype; with return_lse, (o, lse float32
-      [num_qo_tokens, num_qo_heads], natural log). Rows without keys, and rows that no request owns, give 0
-      and -inf.
+      o [num_qo_tokens, num_qo_heads, V's head_dim] in out_dtype; with return_lse, (o, lse float32
+      [num_qo_tokens, num_qo_heads], natural log). Rows without keys, and rows that no request owns, give 0 and -inf,
+      or their sink.
 
-    Raises:
-      ValueError: shapes that do not fit the plan and the cache; a backend that cannot run here.
-      TypeError: an unsupported dtype, or q and the cache of different dtypes.
+    Raises: as `paged_decode`.
     """
-    _check_plan(q, plan)
+    _check_prefill(plan)
     if plan.page_indices is None:
         raise ValueError("plan is for contiguous keys (plan_ragged_prefill): use plan_prefill")
-    _check_cache(q, paged_kv_cache, plan)
-    sm_scale = check_scale(sm_scale, q.shape[-1])
-
-    def kernel(q, cache, plan, *, interpret):
-        return paged_attention(
-            q, cache, plan, sm_scale=sm_scale, name="jaxattn_prefill", interpret=interpret
-        )
-
-    def xla(q, cache, plan):
-        return reference.paged_prefill(q, cache, plan, sm_scale=sm_scale, return_lse=True)
-
-    backend = backend if q.size else "xla"  # a kernel takes no array without elements
-    o, lse = dispatch(backend, kernel, xla, q, paged_kv_cache, plan)
-    return (o, lse) if return_lse else o
+    return _paged(
+        "jaxattn_prefill",
+        q,
+        paged_kv_cache,
+        plan,
+        _Options(
+            sm_scale,
+            logits_soft_cap,
+            sinks,
+            alibi_slopes,
+            score_mod,
+            score_mod_arrays,
+            out_dtype,
+            return_lse,
+            backend,
+        ),
+    )
 
 
 def ragged_prefill(
     q: Array,
     k: Array,
     v: Array,
-    plan: PrefillPlan,
+    plan: AttentionPlan,
     *,
     kv_layout: str = "NHD",
     sm_scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    score_mod: Callable[..., Array] | None = None,
+    score_mod_arrays: Sequence[Array] = (),
+    out_dtype: DTypeLike | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -134,51 +176,128 @@ def ragged_prefill(
     Args:
       q: [num_qo_tokens, num_qo_heads, head_dim]; float16, bfloat16 or float32.
       k, v: [num_kv_tokens, num_kv_heads, head_dim] for kv_layout "NHD", [num_kv_heads, num_kv_tokens, head_dim]
-        for "HND"; q's dtype.
+        for "HND"; q's dtype. V may have a head_dim of its own.
       plan: from `plan_ragged_prefill`.
       kv_layout: "NHD" or "HND".
-      sm_scale, return_lse, backend: as for `paged_prefill`.
+      The rest: as for `paged_decode`.
 
     Returns, raises: as `paged_prefill`.
     """
-    _check_plan(q, plan)
+    _check_prefill(plan)
     if plan.page_indices is not None:
         raise ValueError("plan is for paged keys (plan_prefill): use plan_ragged_prefill")
     check_choice("kv_layout", kv_layout, LAYOUTS)
+    _check_queries(q, plan)
     tokens = "num_kv_tokens"
     axes = (tokens, plan.num_kv_heads) if kv_layout == "NHD" else (plan.num_kv_heads, tokens)
     check_shape("k", k, (*axes, q.shape[-1]))
-    check_shape("v", v, k.shape)
-    check_float("q", q)
+    check_shape("v", v, (*k.shape[:2], "head_dim of v"))
     check_same_dtype(q=q, k=k, v=v)
-    sm_scale = check_scale(sm_scale, q.shape[-1])
+    options = _Options(
+        sm_scale,
+        logits_soft_cap,
+        sinks,
+        alibi_slopes,
+        score_mod,
+        score_mod_arrays,
+        out_dtype,
+        return_lse,
+        backend,
+    )
 
-    def kernel(q, k, v, plan, *, interpret):
-        return contiguous_attention(
-            q,
-            k,
-            v,
-            plan,
-            kv_layout=kv_layout,
-            sm_scale=sm_scale,
-            name="jaxattn_prefill",
-            interpret=interpret,
-        )
-
-    def xla(q, k, v, plan):
+    def xla(q, k, v, plan, sinks, score_mods, **how):
         if kv_layout == "HND":
             k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
-        return reference.ragged_prefill(q, k, v, plan, sm_scale=sm_scale, return_lse=True)
+        return reference.ragged_attention(q, k, v, plan, sinks=sinks, score_mods=score_mods, **how)
 
-    backend = backend if q.size and k.size else "xla"  # a kernel takes no array without elements
-    o, lse = dispatch(backend, kernel, xla, q, k, v, plan)
-    return (o, lse) if return_lse else o
+    kernel = functools.partial(contiguous_attention, name="jaxattn_prefill", kv_layout=kv_layout)
+    return _run(options, kernel, xla, q, (k, v), plan)
 
 
-def _check_cache(q: Array, cache: PagedKVCache, plan: DecodePlan | PrefillPlan) -> None:
-    """Raises unless the cache has q's dtype and head_dim and the plan's page size and KV heads."""
-    cache.check()
+class _Options(NamedTuple):
+    """The options that all ops share, as they came."""
+
+    sm_scale: float | None
+    logits_soft_cap: float | None
+    sinks: Array | None
+    alibi_slopes: Array | None
+    score_mod: Callable[..., Array] | None
+    score_mod_arrays: Sequence[Array]
+    out_dtype: DTypeLike | None
+    return_lse: bool
+    backend: str | None
+
+
+def _paged(name: str, q: Array, cache: PagedKVCache, plan: AttentionPlan, options: _Options) -> Any:
+    _check_queries(q, plan)
+    _check_cache(q, cache, plan)
+
+    def xla(q, cache, plan, sinks, score_mods, **how):
+        return reference.paged_attention(q, cache, plan, sinks=sinks, score_mods=score_mods, **how)
+
+    return _run(options, functools.partial(paged_attention, name=name), xla, q, (cache,), plan)
+
+
+def _run(
+    options: _Options,
+    kernel: Callable[..., Any],
+    xla: Callable[..., Any],
+    q: Array,
+    kv: tuple[Any, ...],
+    plan: AttentionPlan,
+) -> Any:
+    """Checks the options, and runs the op on (q, *kv, plan, sinks, score mods)."""
+    how: dict[str, Any] = dict(
+        score=Score(
+            check_scale(options.sm_scale, q.shape[-1]), check_soft_cap(options.logits_soft_cap)
+        ),
+        out_dtype=jnp.dtype(q.dtype if options.out_dtype is None else options.out_dtype),
+    )
+    check_choice("out_dtype", how["out_dtype"].name, FLOAT_DTYPES)
+    heads = plan.num_qo_heads
+    for name in ("sinks", "alibi_slopes"):
+        x = getattr(options, name)
+        if x is not None:
+            check_shape(name, x, (heads,))
+            if x.dtype != jnp.float32:
+                raise TypeError(
+                    f"{name} must be float32; got {x.dtype}: use {name}.astype(jnp.float32)"
+                )
+    score_mods = []
+    if options.alibi_slopes is not None:
+        score_mods.append(ScoreMod.of(alibi, (options.alibi_slopes,), heads))
+    if options.score_mod is not None:
+        score_mods.append(ScoreMod.of(options.score_mod, options.score_mod_arrays, heads))
+    elif len(options.score_mod_arrays):
+        raise ValueError("score_mod_arrays are arguments of score_mod, which is None: give both")
+    # A kernel takes no array without elements.
+    empty = not all(x.size for x in jax.tree.leaves((q, kv)))
+    o, lse = dispatch(
+        "xla" if empty else options.backend,
+        functools.partial(kernel, **how),
+        functools.partial(xla, **how),
+        q,
+        *kv,
+        plan,
+        options.sinks,
+        tuple(score_mods),
+    )
+    return (o, lse) if options.return_lse else o
+
+
+def _check_queries(q: Array, plan: AttentionPlan) -> None:
+    check_shape("q", q, (plan.num_qo_tokens, plan.num_qo_heads, "head_dim"))
     check_float("q", q)
+
+
+def _check_cache(q: Array, cache: PagedKVCache, plan: AttentionPlan) -> None:
+    """Raises unless the cache has q's dtype and head_dim and the plan's page size and KV heads."""
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(
+            f"paged_kv_cache must be a PagedKVCache; got {type(cache).__name__}: "
+            "make one of the arrays (k, v) by PagedKVCache((k, v), layout)"
+        )
+    cache.check()
     check_same_dtype(q=q, paged_kv_cache=cache)
     for name, want, got in (
         ("head_dim", q.shape[-1], cache.head_dim),
@@ -192,7 +311,13 @@ def _check_cache(q: Array, cache: PagedKVCache, plan: DecodePlan | PrefillPlan) 
             )
 
 
-def _check_plan(q: Array, plan: PrefillPlan) -> None:
-    if not isinstance(plan, PrefillPlan):
-        raise TypeError(f"plan must come from plan_prefill; got {type(plan).__name__}")
-    check_shape("q", q, (plan.num_qo_tokens, plan.num_qo_heads, "head_dim"))
+def _check_prefill(plan: AttentionPlan) -> None:
+    if not isinstance(plan, AttentionPlan) or plan.is_decode:
+        raise TypeError(f"plan must come from plan_prefill; got {_kind(plan)}")
+
+
+def _kind(plan: Any) -> str:
+    """What a plan that does not fit is, in words."""
+    if not isinstance(plan, AttentionPlan):
+        return type(plan).__name__
+    return "one of plan_decode" if plan.is_decode else "one of plan_prefill"

@@ -53,6 +53,7 @@ def _with_derivative_of(
 
     @op.defjvp
     def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-        return kernel(*primals), jax.jvp(reference, primals, tangents)[1]
+        # By `op`, not by `kernel`, so that a derivative of the derivative asks here again.
+        return op(*primals), jax.jvp(reference, primals, tangents)[1]
 
     return op

@@ -48,8 +48,8 @@ class PagedKVCache:
     """K and V pages of one layer, a pytree.
 
     Attributes:
-      data: `(k, v)`, each [n, p, kh, d] for layout "NHD" and [n, kh, p, d] for "HND"; or one array that
-        holds both, [n, 2, p, kh, d] or [n, 2, kh, p, d]. float16, bfloat16 or float32.
+      data: `(k, v)`, each [n, p, kh, d] for layout "NHD" and [n, kh, p, d] for "HND", V's d its own; or one array
+        that holds both, [n, 2, p, kh, d] or [n, 2, kh, p, d]. float16, bfloat16 or float32.
       layout: "NHD" or "HND" (static).
     """
 
@@ -67,17 +67,25 @@ class PagedKVCache:
         *,
         layout: str = "NHD",
         combined: bool = False,
+        head_dim_v: int | None = None,
     ) -> "PagedKVCache":
-        """A cache of zeros; with `combined`, K and V are one 5-D array."""
+        """A cache of zeros; with `combined`, K and V are one 5-D array. head_dim_v: V's, default head_dim."""
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
         check_positive(
             num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim
         )
+        check_positive(head_dim_v=head_dim_v)
         check_choice("layout", layout, LAYOUTS)
         page = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
         if combined:
+            if head_dim_v != head_dim:
+                raise ValueError(
+                    f"one array holds K and V of one head_dim; got {head_dim=}, {head_dim_v=}: "
+                    "leave combined=False"
+                )
             return cls(jnp.zeros((num_pages, 2, *page, head_dim), dtype), layout)
-        shape = (num_pages, *page, head_dim)
-        return cls((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), layout)
+        k, v = (jnp.zeros((num_pages, *page, d), dtype) for d in (head_dim, head_dim_v))
+        return cls((k, v), layout)
 
     @classmethod
     def from_flashinfer(
@@ -121,7 +129,7 @@ class PagedKVCache:
                 k,
                 ("n", "p", "kh", "d") if self.layout == "NHD" else ("n", "kh", "p", "d"),
             )
-            check_shape("v pages", v, k.shape)
+            check_shape("v pages", v, (*k.shape[:-1], "head_dim of v"))
             if k.dtype != v.dtype:
                 raise TypeError(f"k and v pages must have one dtype; got {k.dtype} and {v.dtype}")
             check_float("k pages", k)
@@ -147,7 +155,7 @@ class PagedKVCache:
 
     @property
     def v(self) -> Array:
-        """V pages, shaped as K pages."""
+        """V pages, shaped as K pages, but for a head_dim of their own."""
         return self.data[1] if isinstance(self.data, tuple) else self.data[:, 1]
 
     @property
@@ -165,6 +173,11 @@ class PagedKVCache:
     @property
     def head_dim(self) -> int:
         return self.arrays[0].shape[-1]
+
+    @property
+    def head_dim_v(self) -> int:
+        """V's head_dim, which may differ from K's where each has an array of its own."""
+        return self.arrays[-1].shape[-1]
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -18,7 +18,7 @@ from jax import Array
 from jaxattn import reference
 from jaxattn.checks import check_choice, check_float, check_same_dtype, check_shape
 from jaxattn.dispatch import dispatch
-from jaxattn.kernels import merge as kernels
+from jaxattn.kernels.triton import merge as kernels
 
 LSE_BASES = ("ln", "log2")
 

@@ -5,7 +5,7 @@ from jax import Array
 from jaxattn import reference
 from jaxattn.checks import check_float, check_norm_weight, check_same_dtype, check_shape
 from jaxattn.dispatch import dispatch
-from jaxattn.kernels import rmsnorm as kernels
+from jaxattn.kernels.triton import rmsnorm as kernels
 
 
 def rmsnorm(

@@ -1,36 +1,43 @@
 """One plain float32 oracle per op, with the op's signature; also what runs where there is no GPU.
 
-Nothing here is tuned: each function is the definition of its op. All are differentiable. Attention oracles read
-a plan's lengths and tables, never its work lists.
+Nothing here is tuned: each function is the definition of its op. All are differentiable. Attention reads a plan's
+lengths, tables and masks, never its work list.
 
 Axes: b requests, t query tokens, s key tokens, h query heads, kh KV heads, g = h // kh, d head dim, n pages,
 p page size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxattn.kv_cache import PagedKVCache, PageTable
-from jaxattn.plan import DecodePlan, PrefillPlan
+from jaxattn.operands import ScoreMod, modified
+from jaxattn.plan import AttentionPlan
+from jaxattn.spec import Score
+from jaxattn.work_list import expand
 
-MAX_SCORES = 2**26  # scores held at once; query tokens are taken in blocks that stay below it
+# Queries and keys that are taken at once; of the longest tables, larger pieces, so that they are at most so many.
+QUERY_BLOCK, KEY_BLOCK, MAX_PIECES = 128, 1024, 64
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array, sm_scale: float) -> tuple[Array, Array]:
-    """Softmax attention, `o_i = sum_j softmax_j(sm_scale <q_i, k_j>) v_j` over the keys that mask[i, j] admits.
+def attention(
+    q: Array, k: Array, v: Array, mask: Array, logit: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """Softmax attention, `o_i = sum_j softmax_j(x_ij) v_j` over the keys that mask[i, j] admits.
 
     Args:
       q: [t, h, d].
-      k, v: [s, kh, d]; query head i uses KV head i // g. Keys that no query sees may be NaN.
+      k, v: [s, kh, d], [s, kh, dv]; query head i uses KV head i // g. Keys that no query sees may be NaN.
       mask: bool [t, s].
-      sm_scale: softmax scale.
+      logit: from scores <q_i, k_j>, float32 [t, kh, g, s], to the logits x; `Score(sm_scale).logit`, say.
 
     Returns:
-      (o [t, h, d] in q's dtype, lse float32 [t, h], natural log); a query without keys gives 0 and -inf.
+      (o [t, h, dv] in q's dtype, lse float32 [t, h], natural log); a query without keys gives 0 and -inf.
     """
     heads = k.shape[1]
     t, h, d = q.shape
@@ -38,7 +45,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array, sm_scale: float) -> tup
     k = jnp.where(seen, k, 0).astype(jnp.float32)
     v = jnp.where(seen, v, 0).astype(jnp.float32)
     grouped = q.astype(jnp.float32).reshape(t, heads, h // heads, d)
-    scores = jnp.einsum("tkgd,skd->tkgs", grouped, k, precision="highest") * sm_scale
+    scores = logit(jnp.einsum("tkgd,skd->tkgs", grouped, k, precision="highest"))
     scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
     peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
@@ -47,109 +54,150 @@ def attention(q: Array, k: Array, v: Array, mask: Array, sm_scale: float) -> tup
     o = jnp.einsum("tkgs,skd->tkgd", weights, v, precision="highest")
     o = o / jnp.where(total == 0, 1, total)[..., None]
     lse = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)) + peak[..., 0])
-    return o.reshape(t, h, d).astype(q.dtype), lse.reshape(t, h)
+    return o.reshape(t, h, v.shape[-1]).astype(q.dtype), lse.reshape(t, h)
 
 
-def _blocked_attention(
+def paged_attention(
+    q: Array,
+    paged_kv_cache: PagedKVCache,
+    plan: AttentionPlan,
+    *,
+    score: Score,
+    sinks: Array | None = None,
+    score_mods: Sequence[ScoreMod] = (),
+    out_dtype: DTypeLike | None = None,
+) -> tuple[Array, Array]:
+    """Ragged queries against the pages of their requests: (o [t, h, dv], lse float32 [t, h])."""
+    assert plan.page_indices is not None  # the ops refuse a plan for contiguous keys
+    cache, indices = paged_kv_cache, plan.page_indices
+    n, p = cache.num_pages, cache.page_size
+
+    def keys(request: Array, position: Array) -> tuple[Array, Array, Array]:
+        page = indices.at[plan.page_start[request] + position // p].get(mode="clip")
+        slot = position % p
+        at = (page, slot) if cache.layout == "NHD" else (page, slice(None), slot)
+        k, v = (x.at[at].get(mode="clip") for x in (cache.k, cache.v))
+        return k, v, (0 <= page) & (page < n)
+
+    return _attend(q, keys, indices.size * p, plan, score, sinks, score_mods, out_dtype)
+
+
+def ragged_attention(
     q: Array,
     k: Array,
     v: Array,
-    see: tuple[Array, ...],
-    mask_of: Callable[..., Array],
-    sm_scale: float,
+    plan: AttentionPlan,
+    *,
+    score: Score,
+    sinks: Array | None = None,
+    score_mods: Sequence[ScoreMod] = (),
+    out_dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
-    """`attention` a block of query tokens at a time; mask_of(*see[block]) is the block's mask."""
-    t, h, d = q.shape
-    block = max(1, MAX_SCORES // max(1, k.shape[0] * h))
-    if block >= t:
-        return attention(q, k, v, mask_of(*see), sm_scale)
+    """Ragged queries against contiguous keys, k and v [s, kh, d], as `paged_attention`."""
 
-    def blocks(x: Array) -> Array:
-        padding = [(0, -t % block)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding, mode="edge").reshape(-1, block, *x.shape[1:])
+    def keys(request: Array, position: Array) -> tuple[Array, Array, Array]:
+        row = plan.page_start[request] + position
+        return k.at[row].get(mode="clip"), v.at[row].get(mode="clip"), row < k.shape[0]
 
-    o, lse = jax.lax.map(
-        lambda args: attention(args[0], k, v, mask_of(*args[1:]), sm_scale),
-        tuple(map(blocks, (q, *see))),
-    )
-    return o.reshape(-1, h, d)[:t], lse.reshape(-1, h)[:t]
+    return _attend(q, keys, k.shape[0], plan, score, sinks, score_mods, out_dtype)
 
 
-def _owned_tokens(cache: PagedKVCache, plan: DecodePlan | PrefillPlan) -> tuple[Array, ...]:
-    """Every entry of the page table as tokens: k, v [s, kh, d], their request and position, int32 [s].
+def _attend(
+    q: Array,
+    keys: Callable[[Array, Array], tuple[Array, Array, Array]],
+    capacity: int,
+    plan: AttentionPlan,
+    score: Score,
+    sinks: Array | None,
+    score_mods: Sequence[ScoreMod],
+    out_dtype: DTypeLike | None,
+) -> tuple[Array, Array]:
+    """Each request's queries against its own keys, and no others: some queries at a time, some keys at a time.
 
-    The request of a slot that no request owns is -1.
+    keys(request, position) gives k and v [s, kh, d] of a request's tokens at position [s], and whether they exist.
     """
-    assert plan.page_indices is not None  # the ops refuse a plan for contiguous keys
-    p = cache.page_size
-    entry = jnp.arange(plan.page_indices.size, dtype=jnp.int32)
-    request = jnp.searchsorted(plan.page_start, entry, side="right").astype(jnp.int32) - 1
-    request = jnp.repeat(request, p)
-    first = jnp.repeat(entry, p) - plan.page_start.at[request].get(mode="clip")
-    position = first * p + jnp.tile(jnp.arange(p, dtype=jnp.int32), entry.size)
-    owned = (request >= 0) & (position < plan.kv_len.at[request].get(mode="clip"))
+    t, h, _ = q.shape
+    block = 1 if plan.is_decode else min(max(t, 1), QUERY_BLOCK)
+    piece = min(max(KEY_BLOCK, -(-capacity // MAX_PIECES)), max(capacity, 1))
+    indptr = plan.query_bounds()
+    # Queries that no request owns are one more request, without keys.
+    bounds = jnp.clip(indptr, 0, t)
+    begin, end = bounds, jnp.append(bounds[1:], jnp.int32(t))
+    blocks = jnp.maximum(-(-(end - begin) // block), 0)
+    arrays = [[_by_head(x, plan) for x in mod.arrays] for mod in score_mods]
+    head = _by_head(jnp.arange(h, dtype=jnp.int32), plan)
 
-    def tokens(pages):
-        pages = pages if cache.layout == "NHD" else pages.swapaxes(1, 2)
-        return pages.at[plan.page_indices].get(mode="clip").reshape(-1, *pages.shape[2:])
+    def attend_block(args: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        request, nth, used = args
+        token = begin[request] + nth * block + jnp.arange(block, dtype=jnp.int32)
+        token = jnp.where(used & (token < end[request]), token, t)
+        own = jnp.minimum(request, plan.batch_size - 1)
+        kv_end = jnp.where(request < plan.batch_size, plan.kv_end[own], 0)
+        position = token - indptr[own + 1] + plan.kv_len[own]
+        if plan.limits is None:
+            first, stop = plan.spec.visible.some(position, position, kv_end)
+        else:
+            seen = plan.limits.at[token].get(mode="fill", fill_value=0)
+            first, stop = seen[:, 0], seen[:, 1]
+        first, stop = (jnp.broadcast_to(jnp.asarray(x), (block,)) for x in (first, stop))
+        stop = jnp.where(token < t, jnp.minimum(stop, kv_end), 0)
+        rows = q.at[token].get(mode="clip").astype(jnp.float32)
 
-    return tokens(cache.k), tokens(cache.v), jnp.where(owned, request, -1), position
+        def attend_piece(start: Array) -> tuple[Array, Array]:
+            key = start + jnp.arange(piece, dtype=jnp.int32)
+            k, v, exists = keys(own, key)
+            mask = (first[:, None] <= key[None, :]) & (key[None, :] < stop[:, None])
+            mask &= exists[None, :]
+            if plan.mask is not None:
+                bits = plan.mask.mask
+                index = 8 * bits.indptr[own] + (token - indptr[own]) * plan.kv_len[own]
+                mask &= bits.seen(index[:, None] + key[None, :])
 
+            def logit(s: Array) -> Array:
+                at = position[:, None, None, None], key[None, None, None, :]
+                return modified(score_mods, score.logit(s), *at, head, arrays)
 
-def paged_decode(
-    q: Array,
-    paged_kv_cache: PagedKVCache,
-    plan: DecodePlan,
-    *,
-    sm_scale: float,
-    return_lse: bool = False,
-) -> Array | tuple[Array, Array]:
-    """One query token per request against its paged keys."""
-    k, v, request, _ = _owned_tokens(paged_kv_cache, plan)
-    row = jnp.arange(q.shape[0], dtype=jnp.int32)
-    o, lse = _blocked_attention(
-        q, k, v, (row,), lambda row: row[:, None] == request[None, :], sm_scale
+            return attention(rows, k, v, mask, logit)
+
+        begin_of_all, end_of_all = jnp.min(first, where=stop > first, initial=2**30), stop.max()
+        begin_of_all = jnp.minimum(begin_of_all, kv_end)
+        state = attend_piece(begin_of_all)
+        rest = jnp.arange(1, -(-capacity // piece), dtype=jnp.int32) * piece
+        if rest.size:
+            state, _ = jax.lax.scan(
+                lambda state, offset: (
+                    jax.lax.cond(
+                        begin_of_all + offset < end_of_all,
+                        lambda: _merged(state, attend_piece(begin_of_all + offset)),
+                        lambda: state,
+                    ),
+                    None,
+                ),
+                state,
+                rest,
+            )
+        return token, *state
+
+    each = expand(blocks, t // block + begin.size)
+    token, o, lse = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(attend_block, each)
     )
-    return (o, lse) if return_lse else o
+    o = jnp.zeros((t, *o.shape[1:]), jnp.float32).at[token].set(o, mode="drop")
+    lse = jnp.full((t, h), -jnp.inf, jnp.float32).at[token].set(lse, mode="drop")
+    if sinks is not None:
+        # A sink is a logit that has no value: a state whose o is 0.
+        o, lse = _merged((o, lse), (jnp.zeros_like(o), jnp.broadcast_to(sinks[None, :], lse.shape)))
+    return o.astype(out_dtype or q.dtype), lse
 
 
-def _prefill(q, k, v, key_request, key_position, plan, sm_scale, return_lse):
-    row = jnp.arange(q.shape[0], dtype=jnp.int32)
-    request = jnp.searchsorted(plan.qo_indptr[1:], row, side="right").astype(jnp.int32)
-    qo_end = plan.qo_indptr[1:].at[request].get(mode="clip")
-    kv_len = plan.kv_len.at[request].get(mode="clip")
-    last_key = row - qo_end + kv_len if plan.causal else kv_len - 1
-
-    def mask(request, last_key):
-        own = request[:, None] == key_request[None, :]
-        return own & (key_position[None, :] <= last_key[:, None])
-
-    o, lse = _blocked_attention(q, k, v, (request, last_key), mask, sm_scale)
-    return (o, lse) if return_lse else o
+def _by_head(x: Array, plan: AttentionPlan) -> Array:
+    """x [h] as [1, kh, g, 1], to go with scores [t, kh, g, s]."""
+    return jnp.asarray(x).reshape(1, plan.num_kv_heads, plan.spec.group, 1)
 
 
-def paged_prefill(
-    q: Array,
-    paged_kv_cache: PagedKVCache,
-    plan: PrefillPlan,
-    *,
-    sm_scale: float,
-    return_lse: bool = False,
-) -> Array | tuple[Array, Array]:
-    """Ragged queries against paged keys; causal is bottom-right aligned."""
-    k, v, request, position = _owned_tokens(paged_kv_cache, plan)
-    return _prefill(q, k, v, request, position, plan, sm_scale, return_lse)
-
-
-def ragged_prefill(
-    q: Array, k: Array, v: Array, plan: PrefillPlan, *, sm_scale: float, return_lse: bool = False
-) -> Array | tuple[Array, Array]:
-    """Ragged queries against ragged contiguous keys, k and v [s, kh, d]."""
-    token = jnp.arange(k.shape[0], dtype=jnp.int32)
-    request = jnp.searchsorted(plan.page_start, token, side="right").astype(jnp.int32) - 1
-    position = token - plan.page_start.at[request].get(mode="clip")
-    owned = (request >= 0) & (position < plan.kv_len.at[request].get(mode="clip"))
-    return _prefill(q, k, v, jnp.where(owned, request, -1), position, plan, sm_scale, return_lse)
+def _merged(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Two attention states (o [t, h, d], lse [t, h]) into one."""
+    return merge_states(*(jnp.stack(pair, axis=1) for pair in zip(a, b)))
 
 
 def merge_states(v: Array, s: Array, *, lse_base: str = "ln") -> tuple[Array, Array]:

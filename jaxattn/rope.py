@@ -23,7 +23,7 @@ from jaxattn.checks import (
     check_shape,
 )
 from jaxattn.dispatch import dispatch
-from jaxattn.kernels import rope as kernels
+from jaxattn.kernels.triton import rope as kernels
 
 
 def precompute_freqs_cis(

@@ -46,14 +46,13 @@ from jaxattn.checks import (
 )
 from jaxattn.kv_cache import LAYOUTS, PagedKVCache, PageTable
 from jaxattn.plan import (
-    DecodePlan,
-    PrefillPlan,
+    AttentionPlan,
     plan_decode,
     plan_prefill,
     plan_ragged_prefill,
 )
 
-Plan = DecodePlan | PrefillPlan
+Plan = AttentionPlan
 Indices = Array | np.ndarray | Sequence[int]
 
 # What leaves an option off, where None does not (or not alone).

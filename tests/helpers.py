@@ -31,6 +31,7 @@ def make_paged(
     page_size,
     num_kv_heads=2,
     head_dim=64,
+    head_dim_v=None,
     dtype=jnp.bfloat16,
     layout="NHD",
     combined=False,
@@ -60,10 +61,16 @@ def make_paged(
     if layout == "HND":
         pages = pages.swapaxes(2, 3)
     pages = jnp.asarray(pages).astype(dtype)
-    data = jnp.swapaxes(pages, 0, 1) if combined else (pages[0], pages[1])
-    table = ja.PageTable(jnp.asarray(indptr), jnp.asarray(indices), jnp.asarray(last, jnp.int32))
+    dv = head_dim_v or head_dim  # V's, at most K's
+    data = jnp.swapaxes(pages, 0, 1) if combined else (pages[0], pages[1, ..., :dv])
+    table = ja.PageTable(
+        jnp.asarray(indptr), jnp.asarray(indices), jnp.asarray(last, jnp.int32), page_size
+    )
     return Paged(
-        ja.PagedKVCache(data, layout), table, [kv[0] for kv in tokens], [kv[1] for kv in tokens]
+        ja.PagedKVCache(data, layout),
+        table,
+        [kv[0] for kv in tokens],
+        [kv[1, ..., :dv] for kv in tokens],
     )
 
 

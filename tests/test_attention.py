@@ -9,8 +9,8 @@ import pytest
 from helpers import Paged, assert_lse, assert_rivals, dense_batch, make_paged, rounded, same_bits
 
 import jaxattn as ja
-from jaxattn.kernels import attention as kernel
-from jaxattn.plan import WorkItem
+from jaxattn.kernels.triton import attention as kernel
+from jaxattn.work_list import WorkItem
 
 BACKENDS = ["interpret", "xla"]
 

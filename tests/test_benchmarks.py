@@ -23,7 +23,7 @@ from benchmarks.oracle import make_oracle, tolerance
 from benchmarks.providers import jaxattn as ours
 from benchmarks.timing import Call, Ceilings
 from benchmarks.work import pairs, work
-from jaxattn.plan import WorkItem
+from jaxattn.work_list import WorkItem
 
 SMOKE = cases.select(smoke=True)
 

@@ -20,7 +20,7 @@ from rowwise import (
 
 import jaxattn as ja
 from jaxattn import reference
-from jaxattn.kernels import rmsnorm as kernels
+from jaxattn.kernels.triton import rmsnorm as kernels
 
 BACKENDS = ["interpret", "xla"]
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32

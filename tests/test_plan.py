@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxattn as ja
-from jaxattn.plan import KV_BLOCK, MAX_PAIRWISE, WorkItem
+from jaxattn.work_list import KV_BLOCK, MAX_PAIRWISE, WorkItem
 
 NUM_SMS = 132
 DECODE_STATICS = ["page_size", "num_qo_heads", "num_kv_heads", "num_sms"]

@@ -19,7 +19,7 @@ from rowwise import (
 
 import jaxattn as ja
 from jaxattn import reference
-from jaxattn.kernels._heads import Config
+from jaxattn.kernels.triton._heads import Config
 
 BACKENDS = ["interpret", "xla"]
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
@@ -73,7 +73,7 @@ def test_rope(heads, kv_heads, d, rotary_dim, dtype, is_neox, flat, in_place, ba
 
 @pytest.mark.parametrize("config", [(4, 1, 2), (2, 2, 4), (1, 4, 4)])
 def test_any_share_of_tokens_and_heads(config, monkeypatch):
-    monkeypatch.setattr("jaxattn.kernels.rope.default_config", lambda *_: Config(*config))
+    monkeypatch.setattr("jaxattn.kernels.triton.rope.default_config", lambda *_: Config(*config))
     check_rope(7, 5, 3, 80, 64, bf16, True, False, True, "interpret")
 
 

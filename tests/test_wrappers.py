@@ -9,7 +9,7 @@ import pytest
 from helpers import assert_lse, assert_rivals, dense_batch, make_paged, rounded, same_bits
 
 import jaxattn as ja
-from jaxattn.plan import WorkItem
+from jaxattn.work_list import WorkItem
 
 GROUP, NUM_KV_HEADS, HEAD_DIM = 2, 2, 64
 NUM_QO_HEADS = GROUP * NUM_KV_HEADS

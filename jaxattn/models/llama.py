@@ -29,7 +29,7 @@ from jaxattn.checks import check_heads, check_positive
 from jaxattn.kv_cache import PagedKVCache, PageTable
 from jaxattn.models.checkpoint import Checkpoint, read_json
 from jaxattn.norm import fused_add_rmsnorm, rmsnorm
-from jaxattn.plan import DecodePlan, PrefillPlan
+from jaxattn.plan import AttentionPlan
 from jaxattn.rope import precompute_freqs_cis
 
 Caches = tuple[PagedKVCache, ...]
@@ -274,9 +274,7 @@ class Batch(NamedTuple):
     positions: Array  # int32 [t], each token's position in its request
     batch_indices: Array  # int32 [t], each token's request; -1 for padding, which is not appended
     page_table: PageTable  # of b requests, these tokens already counted
-    plan: (
-        PrefillPlan | DecodePlan
-    )  # of this page table; for a DecodePlan token i is request i's only one
+    plan: AttentionPlan  # of this page table; for a DecodePlan token i is request i's only one
 
 
 def forward(
@@ -330,8 +328,8 @@ def prefill(
       (logits float32 [b, vocab] after each request's last token, caches); a request without tokens
       in the batch gets logits of no meaning.
     """
-    if not isinstance(batch.plan, PrefillPlan):
-        raise TypeError(f"prefill needs a plan from plan_prefill; got {type(batch.plan).__name__}")
+    if batch.plan.is_decode:
+        raise TypeError("prefill needs a plan from plan_prefill; got plan_decode's")
     last = jnp.maximum(batch.plan.qo_indptr[1:] - 1, 0)
     return forward(params, config, batch, caches, cos_sin_cache, last, backend=backend)
 
@@ -346,10 +344,8 @@ def decode_step(
     backend: str | None = None,
 ) -> tuple[Array, Caches]:
     """`forward` over one token of each request: logits float32 [b, vocab] after it."""
-    if not isinstance(batch.plan, DecodePlan):
-        raise TypeError(
-            f"decode_step needs a plan from plan_decode; got {type(batch.plan).__name__}"
-        )
+    if not batch.plan.is_decode:
+        raise TypeError("decode_step needs a plan from plan_decode; got one of plan_prefill")
     every = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
     return forward(params, config, batch, caches, cos_sin_cache, every, backend=backend)
 
@@ -381,7 +377,7 @@ def _layer(
         eps=eps,
         backend=backend,
     )
-    if isinstance(batch.plan, DecodePlan):
+    if batch.plan.is_decode:
         o = paged_decode(q, cache, batch.plan, backend=backend)
     else:
         o = paged_prefill(q, cache, batch.plan, backend=backend)

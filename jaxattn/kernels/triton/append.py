@@ -2,7 +2,7 @@
 
 `_page_slots` says where a token goes; a token without a slot is dropped.
 
-Axes: t new tokens, b requests, kh KV heads, d head dim, p page size.
+Axes: t new tokens, b requests, kh KV heads, d head dim, dv that of V, p page size.
 Grid: (t * kh / block_rows): a program copies `block_rows` rows of d, a row for each token and head.
 """
 
@@ -12,10 +12,10 @@ import functools
 import jax
 from jax.experimental import pallas as pl
 
-from jaxattn.kernels._launch import launch
-from jaxattn.kernels._page_slots import PageSlots, with_rows
-from jaxattn.kernels._paged_tile import divmod_by
-from jaxattn.kernels._rows import Rows, block_of, load, pow2
+from jaxattn.kernels.triton._keys import divmod_by
+from jaxattn.kernels.triton._launch import launch, like
+from jaxattn.kernels.triton._page_slots import PageSlots, with_rows
+from jaxattn.kernels.triton._rows import Rows, block_of, load, pow2
 from jaxattn.kv_cache import PagedKVCache, PageTable
 
 
@@ -35,30 +35,31 @@ def default_config(head_dim: int) -> Config:
 
 def _append_kernel(
     key_ref,  # [t * kh, d]
-    value_ref,  # [t * kh, d]
+    value_ref,  # [t * kh, dv]
     batch_ref,  # int32 [t]
     positions_ref,  # int32 [t]
     indptr_ref,  # int32 [b + 1]
     indices_ref,  # int32 [capacity]
-    *cache_refs,  # the cache's one or two arrays, [num_rows, d]; then the same memory as outputs
+    cache_refs,  # the memory of written_refs
+    written_refs,  # the cache's arrays: K's [num_rows, d] and V's [num_rows, dv], or the one that holds both
+    *,
     num_heads: int,
     slots: PageSlots,
     block_rows: int,
 ):
-    *_, k_ref, v_ref = (cache_refs[1:] * 2) if len(cache_refs) == 2 else cache_refs
-    num_rows, d = key_ref.shape
+    k_ref, v_ref = written_refs[0], written_refs[-1]
+    num_rows = key_ref.shape[0]
     row, exist = block_of(pl.program_id(0), block_rows, num_rows)
     token, head = divmod_by(row, num_heads)
 
     # The first use of a load waits for it and holds up the loads behind: the rows, which wait for
     # nothing, go before the way through the page table.
     batch, position = load(batch_ref, token, exist), load(positions_ref, token, exist)
-    every = range(d)
-    key, value = (Rows(row, exist).load(ref, every) for ref in (key_ref, value_ref))
+    key, value = (Rows(row, exist).load(ref, range(ref.shape[1])) for ref in (key_ref, value_ref))
     slot_row, has_slot = slots.rows(indptr_ref, indices_ref, batch, position, exist)
     to = slot_row + head * slots.strides.head
-    Rows(to, has_slot).store(k_ref, every, key)
-    Rows(to + slots.strides.value, has_slot).store(v_ref, every, value)
+    Rows(to, has_slot).store(k_ref, range(k_ref.shape[1]), key)
+    Rows(to + slots.strides.value, has_slot).store(v_ref, range(v_ref.shape[1]), value)
 
 
 def append(
@@ -71,10 +72,10 @@ def append(
     *,
     interpret: bool,
 ) -> PagedKVCache:
-    """The cache with key and value [t, kh, d] written to it; its arrays are aliased."""
+    """The cache with key [t, kh, d] and value [t, kh, dv] written to it; its arrays are aliased."""
     t, num_heads, d = key.shape
     config = default_config(d)
-    rows = [x.reshape(-1, d) for x in cache.arrays]
+    rows = [x.reshape(-1, x.shape[-1]) for x in cache.arrays]
     written = launch(
         functools.partial(
             _append_kernel,
@@ -82,19 +83,21 @@ def append(
             slots=PageSlots.of(cache),
             block_rows=config.block_rows,
         ),
-        key.reshape(-1, d),
-        value.reshape(-1, d),
-        batch_indices,
-        positions,
-        table.indptr,
-        table.indices,
-        *rows,
+        dict(
+            key_ref=key.reshape(-1, d),
+            value_ref=value.reshape(-1, value.shape[-1]),
+            batch_ref=batch_indices,
+            positions_ref=positions,
+            indptr_ref=table.indptr,
+            indices_ref=table.indices,
+            cache_refs=rows,
+        ),
+        dict(written_refs=like(rows)),
         name="jaxattn_append_paged_kv_cache",
         grid=(pl.cdiv(t * num_heads, config.block_rows),),
-        out_shape=[(x.shape, x.dtype) for x in rows],
         num_warps=config.num_warps,
         num_stages=1,
         interpret=interpret,
-        aliases={6 + i: i for i in range(len(rows))},
+        aliases=dict(cache_refs="written_refs"),
     )
-    return with_rows(cache, written)
+    return with_rows(cache, written["written_refs"])

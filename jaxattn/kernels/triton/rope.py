@@ -15,10 +15,10 @@ import functools
 import jax
 from jax.experimental import pallas as pl
 
-from jaxattn.kernels._heads import Heads, Rotary, default_config
-from jaxattn.kernels._launch import launch
-from jaxattn.kernels._paged_tile import divmod_by
-from jaxattn.kernels._rows import block_of, load
+from jaxattn.kernels.triton._heads import Heads, Rotary, default_config
+from jaxattn.kernels.triton._keys import divmod_by
+from jaxattn.kernels.triton._launch import launch, like
+from jaxattn.kernels.triton._rows import block_of, load
 
 
 def _rope_kernel(
@@ -77,15 +77,13 @@ def rope(
             block_tokens=config.block_tokens,
             head_blocks=config.head_blocks,
         ),
-        *rows,
-        positions,
-        cos_sin_cache,
+        dict(q_ref=rows[0], k_ref=rows[1], positions_ref=positions, table_ref=cos_sin_cache),
+        dict(q_out_ref=like(rows[0]), k_out_ref=like(rows[1])),
         name="jaxattn_rope",
         grid=(pl.cdiv(t, config.block_tokens) * config.head_blocks,),
-        out_shape=[(x.shape, x.dtype) for x in rows],
         num_warps=config.num_warps,
         num_stages=1,
         interpret=interpret,
-        aliases={0: 0, 1: 1} if in_place else None,
+        aliases=dict(q_ref="q_out_ref", k_ref="k_out_ref") if in_place else None,
     )
-    return rotated[0].reshape(query.shape), rotated[1].reshape(key.shape)
+    return rotated["q_out_ref"].reshape(query.shape), rotated["k_out_ref"].reshape(key.shape)

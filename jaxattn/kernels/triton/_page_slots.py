@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxattn.kernels._paged_tile import divmod_by
-from jaxattn.kernels._rows import Mask, both, load
+from jaxattn.kernels.triton._keys import divmod_by
+from jaxattn.kernels.triton._rows import Mask, both, load
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 
 

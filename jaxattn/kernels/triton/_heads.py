@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxattn.kernels._rows import Mask, Rows, both, pow2
+from jaxattn.kernels.triton._rows import Mask, Rows, both, pow2
 
 
 @dataclasses.dataclass(frozen=True)

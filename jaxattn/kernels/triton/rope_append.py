@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxattn.kernels._heads import Heads, Rotary, default_config
-from jaxattn.kernels._launch import launch
-from jaxattn.kernels._page_slots import PageSlots, with_rows
-from jaxattn.kernels._paged_tile import divmod_by
-from jaxattn.kernels._rows import Rows, block_of, load
+from jaxattn.kernels.triton._heads import Heads, Rotary, default_config
+from jaxattn.kernels.triton._keys import divmod_by
+from jaxattn.kernels.triton._launch import Out, launch, like
+from jaxattn.kernels.triton._page_slots import PageSlots, with_rows
+from jaxattn.kernels.triton._rows import Rows, block_of, load
 from jaxattn.kv_cache import PagedKVCache, PageTable
 
 
@@ -35,20 +35,20 @@ def _rope_append_kernel(
     table_ref,  # float32 [max_position, 2 * r], cosines, then sines
     indptr_ref,  # int32 [b + 1]
     indices_ref,  # int32 [capacity]
-    *refs,  # q's and k's norm weights [1, d], if any; the cache's one or two arrays [num_rows, d];
-    # then q [t * h, d], and the cache's memory as outputs
+    weight_refs,  # q's and k's norm weights [1, d]; or none
+    cache_refs,  # the memory of written_refs
+    q_ref,  # [t * h, d]
+    written_refs,  # the cache's one or two arrays [num_rows, d]
+    *,
     rotary: Rotary,
     slots: PageSlots,
     num_heads: int,
     num_kv_heads: int,
-    has_norm: bool,
     eps: float,
     block_tokens: int,
     head_blocks: int,
 ):
-    weight_refs, refs = (refs[:2], refs[2:]) if has_norm else ((), refs)
-    q_ref, *cache_refs = refs[len(refs) // 2 :]
-    k_ref, v_ref = cache_refs[0], cache_refs[-1]
+    k_ref, v_ref = written_refs[0], written_refs[-1]
     (num_tokens,) = positions_ref.shape
     d = rotary.head_dim
     block, head_block = divmod_by(pl.program_id(0), head_blocks)
@@ -108,35 +108,33 @@ def rope_append(
     config = default_config(t, (num_heads, num_kv_heads, num_kv_heads), d)
     weights = [weight.reshape(1, d) for weight in norm_weights or ()]
     rows = [x.reshape(-1, d) for x in cache.arrays]
-    inputs = [
-        qkv.reshape(-1, d),
-        batch_indices,
-        positions,
-        cos_sin_cache,
-        table.indptr,
-        table.indices,
-        *weights,
-    ]
-    q, *written = launch(
+    out = launch(
         functools.partial(
             _rope_append_kernel,
             rotary=Rotary(d, cos_sin_cache.shape[1], interleave),
             slots=PageSlots.of(cache),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            has_norm=norm_weights is not None,
             eps=eps,
             block_tokens=config.block_tokens,
             head_blocks=config.head_blocks,
         ),
-        *inputs,
-        *rows,
+        dict(
+            qkv_ref=qkv.reshape(-1, d),
+            batch_ref=batch_indices,
+            positions_ref=positions,
+            table_ref=cos_sin_cache,
+            indptr_ref=table.indptr,
+            indices_ref=table.indices,
+            weight_refs=weights,
+            cache_refs=rows,
+        ),
+        dict(q_ref=Out((t * num_heads, d), qkv.dtype), written_refs=like(rows)),
         name="jaxattn_rope_append_paged_kv_cache",
         grid=(pl.cdiv(t, config.block_tokens) * config.head_blocks,),
-        out_shape=[((t * num_heads, d), qkv.dtype), *((x.shape, x.dtype) for x in rows)],
         num_warps=config.num_warps,
         num_stages=1,
         interpret=interpret,
-        aliases={len(inputs) + i: 1 + i for i in range(len(rows))},
+        aliases=dict(cache_refs="written_refs"),
     )
-    return q.reshape(t, num_heads, d), with_rows(cache, written)
+    return out["q_ref"].reshape(t, num_heads, d), with_rows(cache, out["written_refs"])

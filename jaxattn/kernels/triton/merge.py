@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn.kernels._launch import launch
-from jaxattn.kernels._paged_tile import divmod_by
-from jaxattn.kernels._rows import pow2
+from jaxattn.kernels.triton._keys import divmod_by
+from jaxattn.kernels.triton._launch import Out, launch
+from jaxattn.kernels.triton._rows import pow2
 
 # Rows of two states a program merges: 2048 elements of each at head_dim 128, 16 a thread.
 BLOCK_ROWS = 16
@@ -134,7 +134,7 @@ def merge_states(
     """v [n, states, h, d], s [n, states, h] -> (v [n, h, d], s float32 [n, h])."""
     n, num_states, h, d = v.shape
     config = default_config(num_states, d)
-    merged_v, merged_s = launch(
+    merged = launch(
         functools.partial(
             _merge_states_kernel,
             num_states=num_states,
@@ -142,16 +142,15 @@ def merge_states(
             config=config,
             lse_base=lse_base,
         ),
-        v.reshape(-1, d),
-        s.reshape(-1),
+        dict(v_ref=v.reshape(-1, d), s_ref=s.reshape(-1)),
+        dict(v_out_ref=Out((n * h, d), v.dtype), s_out_ref=Out((n * h,), jnp.float32)),
         name="jaxattn_merge_states",
         grid=(pl.cdiv(n * h, config.block_rows),),
-        out_shape=[((n * h, d), v.dtype), ((n * h,), jnp.float32)],
         num_warps=config.num_warps,
         num_stages=1,
         interpret=interpret,
     )
-    return merged_v.reshape(n, h, d), merged_s.reshape(n, h)
+    return merged["v_out_ref"].reshape(n, h, d), merged["s_out_ref"].reshape(n, h)
 
 
 def _merge_state_kernel(
@@ -159,18 +158,20 @@ def _merge_state_kernel(
     s_a_ref,  # [n * h]
     v_b_ref,  # [n * h, d]
     s_b_ref,  # [n * h]
-    *refs,  # mask bool [n] if given; then v [n * h, d], s float32 [n * h]
+    mask_ref,  # bool [n]; None: all
+    v_ref,  # [n * h, d]
+    s_ref,  # float32 [n * h]
+    *,
     num_heads: int,
     lse_base: str,
 ):
-    *mask_ref, v_ref, s_ref = refs
     exp, log = _exp_log(lse_base)
     num_rows, d = v_ref.shape
     row = pl.program_id(0) * BLOCK_ROWS + jnp.arange(BLOCK_ROWS, dtype=jnp.int32)
     dims = jnp.arange(pow2(d), dtype=jnp.int32)
     chosen = row < num_rows
-    if mask_ref:
-        chosen &= plgpu.load(mask_ref[0].at[row // num_heads], mask=chosen, other=False)
+    if mask_ref is not None:
+        chosen &= plgpu.load(mask_ref.at[row // num_heads], mask=chosen, other=False)
     at = row[:, None], dims[None, :]
     inside = chosen[:, None] & (dims < d)[None, :]
 
@@ -211,20 +212,21 @@ def merge_state(
     leaves out stay as they are.
     """
     n, h, d = v_a.shape
-    masks = () if mask is None else (mask,)
-    v, s = launch(
+    merged = launch(
         functools.partial(_merge_state_kernel, num_heads=h, lse_base=lse_base),
-        v_a.reshape(-1, d),
-        s_a.reshape(-1),
-        v_b.reshape(-1, d),
-        s_b.reshape(-1),
-        *masks,
+        dict(
+            v_a_ref=v_a.reshape(-1, d),
+            s_a_ref=s_a.reshape(-1),
+            v_b_ref=v_b.reshape(-1, d),
+            s_b_ref=s_b.reshape(-1),
+            mask_ref=mask,
+        ),
+        dict(v_ref=Out((n * h, d), v_a.dtype), s_ref=Out((n * h,), jnp.float32)),
         name="jaxattn_merge_state",
         grid=(pl.cdiv(n * h, BLOCK_ROWS),),
-        out_shape=[((n * h, d), v_a.dtype), ((n * h,), jnp.float32)],
         num_warps=4,
         num_stages=1,
         interpret=interpret,
-        aliases={0: 0, 1: 1} if in_place else None,
+        aliases=dict(v_a_ref="v_ref", s_a_ref="s_ref") if in_place else None,
     )
-    return v.reshape(n, h, d), s.reshape(n, h)
+    return merged["v_ref"].reshape(n, h, d), merged["s_ref"].reshape(n, h)

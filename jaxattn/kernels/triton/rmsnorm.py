@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn.kernels._launch import launch
-from jaxattn.kernels._rows import block_of, both, load, pow2
+from jaxattn.kernels.triton._launch import launch, like
+from jaxattn.kernels.triton._rows import block_of, both, load, pow2
 
 THREADS_A_WARP = 32
 WIDEST = (
@@ -104,14 +104,15 @@ def default_config(num_rows: int, hidden: int, num_inputs: int) -> Config:
 
 
 def _rmsnorm_kernel(
-    *refs,  # num_inputs [n, hidden]; weight [hidden]; then y and, if fused, the sum: as the inputs
-    num_inputs: int,
+    in_refs,  # x and, if fused, the residual: [n, hidden]
+    weight_ref,  # [hidden]
+    out_refs,  # y and, if fused, the sum: as the inputs
+    *,
     eps: float,
     weight_offset: float,
     config: Config,
 ):
-    in_refs, weight_ref = refs[:num_inputs], refs[num_inputs]
-    y_ref, *sum_refs = refs[num_inputs + 1 :]
+    y_ref, *sum_refs = out_refs
     num_rows, hidden = y_ref.shape
     block = config.block
     tiles = pl.cdiv(hidden, block)
@@ -202,21 +203,14 @@ def rmsnorm(
     rows = [x.reshape(-1, hidden) for x in inputs]
     config = default_config(rows[0].shape[0], hidden, len(inputs))
     outputs = launch(
-        functools.partial(
-            _rmsnorm_kernel,
-            num_inputs=len(inputs),
-            eps=eps,
-            weight_offset=weight_offset,
-            config=config,
-        ),
-        *rows,
-        weight,
+        functools.partial(_rmsnorm_kernel, eps=eps, weight_offset=weight_offset, config=config),
+        dict(in_refs=rows, weight_ref=weight),
+        dict(out_refs=like(rows)),
         name="jaxattn_fused_add_rmsnorm" if len(inputs) > 1 else "jaxattn_rmsnorm",
         grid=(pl.cdiv(rows[0].shape[0], config.block_rows),),
-        out_shape=[(x.shape, x.dtype) for x in rows],
         num_warps=config.num_warps,
         num_stages=1,
         interpret=interpret,
-        aliases={i: i for i in range(len(inputs))} if in_place else None,
+        aliases=dict(in_refs="out_refs") if in_place else None,
     )
-    return tuple(y.reshape(shape) for y in outputs)
+    return tuple(y.reshape(shape) for y in outputs["out_refs"])

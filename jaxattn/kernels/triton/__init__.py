@@ -1,0 +1,1 @@
+"""The Pallas kernels, lowered through Triton; the only folder that imports `jax.experimental.pallas`."""

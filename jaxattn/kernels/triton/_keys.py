@@ -1,0 +1,132 @@
+"""Where keys and values lie: tiles of `block` consecutive tokens of one request, on its pages or side by side.
+
+Caches are rows `[num_rows, d]`; `RowStrides` says which row holds a (page, slot, head). A token without a page in the
+cache is absent: it is not read, whatever its table says. Contiguous keys are one page that holds every token.
+
+Axes: k tokens of a tile, d head dim of K, dv of V (padded to a power of two with zeros).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+from jaxattn.kernels.triton._rows import both, pow2
+from jaxattn.kv_cache import RowStrides
+
+
+@dataclasses.dataclass(frozen=True)
+class KeySource:
+    """What does not change from program to program: how a cache is laid out, and in what tiles it is read."""
+
+    strides: RowStrides
+    page_size: int
+    num_pages: int | None  # of the cache; None: keys are contiguous
+    block: int  # tokens of a tile
+    # Look up one page for a tile that lies in one. Its address alone moves from tile to tile. H200, prefill of
+    # 4 x 4096, page size 64: 1162 -> 1135 us; but tiles of few rows, decode of 32 x 4096: 127.7 -> 132.6.
+    page_at_once: bool
+
+    @property
+    def paged(self) -> bool:
+        return self.num_pages is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys and values of one request and one KV head."""
+
+    source: KeySource
+    k_ref: jax.Ref  # [num_rows, d]
+    v_ref: jax.Ref  # [num_rows, dv]; the same array as k_ref where one holds both
+    indices_ref: jax.Ref | None  # int32 [capacity]; None for contiguous keys
+    start: jax.Array  # the request's first entry in indices; its first row of contiguous keys
+    head: jax.Array
+
+    def tokens(self, position: jax.Array) -> jax.Array:
+        """Positions int32 [k] of a tile's tokens in their request."""
+        return position + jnp.arange(self.source.block, dtype=jnp.int32)
+
+    def load(
+        self, position: jax.Array, begin: jax.Array | None, end: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """K [k, d] and V [k, dv] of the tokens from `position` on.
+
+        Values are zeros in tokens that do not exist: a product with a weight of 0 needs something finite. Keys are
+        there whatever lies in a row of the cache; their scores are for the caller to mask.
+
+        Where pages divide `block`, position is a page's first token; where blocks divide the page size, a block's.
+        """
+        strides = self.source.strides
+        exist = self._between(position, begin, end)
+        if self.indices_ref is None:
+            rows = (self.start + jnp.minimum(self.tokens(position), end - 1)) * strides.slot
+        else:
+            page_id, slot, known = self._pages(position, end)
+            exist &= known
+            rows = jnp.where(known, page_id, 0) * strides.page + slot * strides.slot
+        rows += self.head * strides.head
+        return (
+            _load_rows(self.k_ref, rows, None),
+            _load_rows(self.v_ref, rows + strides.value, exist[:, None]),
+        )
+
+    def exist(self, position: jax.Array, begin: jax.Array | None, end: jax.Array) -> jax.Array:
+        """bool [k]: which tokens from `position` on lie in begin .. end - 1 (None: before end) and have a page.
+
+        It looks their pages up again: an id that is used by more than addresses is not loaded ahead.
+        """
+        exist = self._between(position, begin, end)
+        return exist if self.indices_ref is None else exist & self._pages(position, end)[2]
+
+    def _between(self, position, begin, end):
+        tokens = self.tokens(position)
+        return tokens < end if begin is None else (tokens < end) & (tokens >= begin)
+
+    def _pages(self, position: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of the tokens from `position` on: page ids, slots, and whether the page is one of the cache."""
+        page, slot = self._page_and_slot(position)
+        last, _ = divmod_by(end - 1, self.source.page_size)
+        page_id = plgpu.load(self.indices_ref.at[self.start + jnp.minimum(page, last)])
+        return page_id, slot, (page_id >= 0) & (page_id < self.source.num_pages)
+
+    def _page_and_slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which page of its request and which slot of the page, int32 [k], hold the tile's tokens.
+
+        The page is a scalar where all lie in one and `page_at_once`.
+        """
+        block, page_size = self.source.block, self.source.page_size
+        offset = jnp.arange(block, dtype=jnp.int32)
+        if self.source.page_at_once and page_size % block == 0:
+            page, slot = divmod_by(position, page_size)
+            return page, slot + offset
+        if block % page_size == 0:
+            # The tile starts with a page: only the first page's number changes from tile to tile.
+            page, slot = divmod_by(offset, page_size)
+            return divmod_by(position, page_size)[0] + page, slot
+        return divmod_by(position + offset, page_size)
+
+
+def divmod_by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """x // n and x % n of non-negative x, without the sign handling of Python's."""
+    if n & (n - 1) == 0:
+        return x >> (n.bit_length() - 1), x & (n - 1)
+    divisor = jnp.full_like(x, n)
+    return jax.lax.div(x, divisor), jax.lax.rem(x, divisor)
+
+
+def load_rows(ref: jax.Ref, rows: jax.Array, cols: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """ref[rows, cols] as a tile [rows, cols]; 0 where masked."""
+    return plgpu.load(
+        ref.at[rows[:, None], cols[None, :]],
+        mask=mask,
+        other=None if mask is None else jnp.zeros((), ref.dtype),
+    )
+
+
+def _load_rows(ref: jax.Ref, rows: jax.Array, exist: jax.Array | None) -> jax.Array:
+    """All columns of some rows, [rows, pow2(columns)]; 0 beyond the columns, and where not exist [rows, 1]."""
+    cols = jnp.arange(pow2(ref.shape[1]), dtype=jnp.int32)
+    inside = None if cols.size == ref.shape[1] else (cols < ref.shape[1])[None, :]
+    return load_rows(ref, rows, cols, both(exist, inside))

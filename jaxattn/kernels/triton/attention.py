@@ -1,0 +1,334 @@
+"""FlashAttention-2 over a work list: prefill, append and split-K decode, which is a prefill of one token a request.
+
+    x_ij = logit(<q_i, k_j>),   o_i = sum_j softmax_j(x_ij) v_j,   lse_i = log sum_j exp(x_ij)
+
+over the keys j that query i sees. A program takes one work item of the plan: up to `block_rows` packed rows (query
+token x query head of one KV group, so that one K tile serves the whole group) against the item's keys. A whole tile
+writes the output; a split one leaves its state to `_split_merge`.
+
+What a row sees is `_limits`', what is done to a score `spec.Score`'s and the score mods', where keys lie `_keys`', and
+what starts, carries and ends a softmax `_online_softmax`'s; here they meet.
+
+Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, dv that of V, w work items, r rows of a
+program, of which `parts` share a plan's tile where registers hold no whole one.
+Grid: (kh, w, parts), KV heads fastest: neighbours read one page together.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxattn.device import has_wgmma
+from jaxattn.kernels.triton._keys import Keys, KeySource, divmod_by, load_rows
+from jaxattn.kernels.triton._launch import Out, launch
+from jaxattn.kernels.triton._limits import Bits, RowLimits
+from jaxattn.kernels.triton._online_softmax import OnlineSoftmax
+from jaxattn.kernels.triton._rows import pow2
+from jaxattn.kernels.triton._split_merge import Merging, Partials
+from jaxattn.kernels.triton.tiles import Config, default_config
+from jaxattn.kv_cache import PagedKVCache, RowStrides
+from jaxattn.operands import ScoreMod, modified
+from jaxattn.plan import MAX_FEW_ROWS, AttentionPlan
+from jaxattn.spec import AttentionSpec, Score
+from jaxattn.visits import MaskItem, PlannedMask
+from jaxattn.work_list import WorkItem
+
+
+@dataclasses.dataclass(frozen=True)
+class Statics:
+    """What the kernel is compiled for."""
+
+    spec: AttentionSpec
+    score: Score
+    source: KeySource
+    softmax: OnlineSoftmax
+    config: Config
+    parts: int
+    merging: Merging | None
+
+
+def _attention_kernel(
+    q_ref,  # [t * h, d]
+    k_ref,  # [num_rows, d]
+    v_ref,  # [num_rows, dv]
+    items_ref,  # int32 [w, 9]
+    indices_ref,  # int32 [capacity]; None for contiguous keys
+    max_page_ref,  # int32 [1], as in the plan; likewise
+    limits_ref,  # int32 [t, 2] or None
+    mask_refs: PlannedMask | None,
+    sinks_ref,  # float32 [h] or None
+    score_mods: Sequence[ScoreMod],  # of refs [h]
+    no_arrivals_ref,  # the zeros that are arrivals_ref's memory, or None
+    o_ref,  # [t * h, dv]
+    lse_ref,  # float32 [t * h]
+    o_partial_ref,  # as in `Partials`, or None where no tile is split
+    lse_partial_ref,
+    arrivals_ref,
+    *,
+    static: Statics,
+):
+    spec, softmax, config, parts = static.spec, static.softmax, static.config, static.parts
+    head, work, part = (pl.program_id(i) for i in range(3))
+    group, block_rows, block_kv = spec.group, config.block_rows, config.block_kv
+    tall = block_rows > MAX_FEW_ROWS
+
+    def read_item():
+        item = WorkItem(*(items_ref[work, i] for i in range(len(WorkItem._fields))))
+        if parts == 1:
+            return item
+        begin = item.row_begin + part * block_rows
+        end = jnp.minimum(item.row_end, begin + block_rows)
+        # A part without rows needs no keys.
+        kv_end = jnp.where(begin < end, item.kv_end, item.kv_begin)
+        return item._replace(row_begin=begin, row_end=end, kv_end=kv_end)
+
+    def token_and_row(row):
+        """Of packed rows: their query token, and their row of q and o."""
+        token, member = divmod_by(row, group)
+        return token, (token * spec.num_kv_heads + head) * group + member
+
+    # 1. The rows of this program.
+    item = read_item()
+    r = jnp.arange(block_rows, dtype=jnp.int32)
+    token, q_row = token_and_row(item.row_begin + r)
+    owned = item.row_begin + r < item.row_end
+    d = q_ref.shape[1]
+    cols = jnp.arange(pow2(d), dtype=jnp.int32)
+    inside = owned[:, None] & (cols < d)[None, :]
+    q = load_rows(q_ref, jnp.where(owned, q_row, 0), cols, inside)
+    query_head = head * group + divmod_by(item.row_begin + r, group)[1]
+
+    def per_head(ref, other=0.0):
+        return plgpu.load(ref.at[query_head], mask=owned, other=other)
+
+    # 2. The keys, and which of them a row sees.
+    keys = Keys(static.source, k_ref, v_ref, indices_ref, item.page_start, head)
+    bits = None
+    kv_end = item.kv_end
+    if mask_refs is not None:
+        mask_item = (mask_refs.items[work, i] for i in range(len(MaskItem._fields)))
+        bits = Bits(mask_refs.mask, mask_refs.visits, MaskItem(*mask_item))
+        kv_end = bits.item.kv_end
+    if not static.source.paged:
+        kv_end = jnp.minimum(kv_end, k_ref.shape[0] // spec.num_kv_heads - item.page_start)
+    if limits_ref is None:
+        first, last = item.row_begin // group, (item.row_end - 1) // group
+        limits = RowLimits.by_position(
+            spec.visible,
+            token + item.q_position,
+            first + item.q_position,
+            last + item.q_position,
+            kv_end,
+            # A tall tile without the comparison spills.
+            compare=tall,
+        )
+    else:
+        limits = RowLimits.by_list(limits_ref, token, owned, kv_end)
+    # Where a page in use is none of the cache, no tile goes unmasked.
+    sound = True
+    if static.source.paged:
+        sound = max_page_ref[0] < static.source.num_pages
+
+    def masked(s, position):
+        key = keys.tokens(position)
+        seen = jnp.broadcast_to(keys.exist(position, limits.first_begin, kv_end)[None, :], s.shape)
+        for more in (limits.seen(key), bits and bits.seen(token, key)):
+            seen = seen if more is None else seen & more
+        return jnp.where(seen, s, -jnp.inf)
+
+    arrays = [[per_head(ref)[:, None] for ref in mod.arrays] for mod in score_mods]
+
+    def score(s, position):
+        tanh = functools.partial(softmax.tanh, dtype=q.dtype)
+        if not score_mods:
+            return static.score(s, tanh)
+        at = (token + item.q_position)[:, None], keys.tokens(position)[None, :]
+        x = static.score.logit(s, tanh)
+        return modified(score_mods, x, *at, query_head[:, None], arrays)
+
+    def step(i, state):
+        position, plain = item.kv_begin + i * block_kv, sound
+        if bits is not None:
+            position, all_set = bits.visit(position)
+            plain &= all_set
+        k, v = keys.load(position, limits.first_begin, kv_end)
+        s = score(softmax.dot(q, k, trans_b=True), position)
+        # Most tiles are seen in full by every row.
+        plain &= limits.all_see(position, block_kv)
+        s = jax.lax.cond(plain, lambda s, _: s, masked, s, position)
+        return softmax.update(state, s, v)
+
+    # 3. The softmax over them. A sink is a logit that the first split has seen before.
+    sink = None
+    if sinks_ref is not None:
+        sink = jnp.where(item.split == 0, per_head(sinks_ref, -jnp.inf), -jnp.inf)
+    dv = v_ref.shape[1]
+    state = softmax.init(block_rows, block_kv, pow2(dv), sink)
+    num_tiles = (jnp.minimum(item.kv_end, kv_end) - item.kv_begin + block_kv - 1) // block_kv
+    if bits is not None:
+        num_tiles = (item.kv_end - item.kv_begin) // block_kv
+    o, lse = softmax.finalize(jax.lax.fori_loop(0, num_tiles, step, state))
+
+    # 4. A whole tile is the answer; a split one is a partial state.
+    # Read again, the item's fields leave the loop above the registers that its rows would take there.
+    item = read_item()
+    cols = jnp.arange(pow2(dv), dtype=jnp.int32)
+
+    def store_at(o_ref, lse_ref, row, r, o, lse, chosen):
+        owned = (item.row_begin + r < item.row_end) & chosen
+        inside = owned[:, None] & (cols < dv)[None, :]
+        plgpu.store(o_ref.at[row[:, None], cols[None, :]], o.astype(o_ref.dtype), mask=inside)
+        plgpu.store(lse_ref.at[row], lse, mask=owned)
+
+    def store(r, o, lse, chosen=True):
+        store_at(o_ref, lse_ref, token_and_row(item.row_begin + r)[1], r, o, lse, chosen)
+
+    store(r, o, lse, item.num_splits == 1)
+    if static.merging is None:
+        return
+
+    @pl.when(item.num_splits > 1)
+    def _():
+        partials = Partials(
+            o_partial_ref,
+            lse_partial_ref,
+            arrivals_ref,
+            column=head * parts + part,
+            columns=spec.num_kv_heads * parts,
+            block_rows=block_rows,
+            merging=static.merging,
+            barrier=(lambda: None) if softmax.interpret else plgpu.debug_barrier,
+        )
+        partials.merge(item, r, o, lse, store, store_at)
+
+
+def paged_attention(
+    q: jax.Array,
+    cache: PagedKVCache,
+    plan: AttentionPlan,
+    sinks: jax.Array | None,
+    score_mods: Sequence[ScoreMod],
+    *,
+    score: Score,
+    out_dtype: jax.typing.DTypeLike,
+    name: str,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over a paged cache: (o [t, h, dv] in out_dtype, lse float32 [t, h], natural log)."""
+    rows = [x.reshape(-1, x.shape[-1]) for x in cache.arrays]
+    where = (cache.row_strides, cache.num_pages)
+    how = dict(score=score, out_dtype=out_dtype, name=name, interpret=interpret)
+    return _attention(q, rows[0], rows[-1], *where, plan, sinks, score_mods, **how)
+
+
+def contiguous_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    plan: AttentionPlan,
+    sinks: jax.Array | None,
+    score_mods: Sequence[ScoreMod],
+    *,
+    kv_layout: str,
+    score: Score,
+    out_dtype: jax.typing.DTypeLike,
+    name: str,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over contiguous k, v [tokens, kh, d] ("NHD") or [kh, tokens, d] ("HND"), as `paged_attention`."""
+    a, b, _ = k.shape
+    slot, head = (b, 1) if kv_layout == "NHD" else (1, b)
+    rows = [x.reshape(a * b, x.shape[-1]) for x in (k, v)]
+    strides = RowStrides(page=0, slot=slot, head=head, value=0)
+    how = dict(score=score, out_dtype=out_dtype, name=name, interpret=interpret)
+    return _attention(q, *rows, strides, None, plan, sinks, score_mods, **how)
+
+
+def _attention(
+    q: jax.Array,
+    k_rows: jax.Array,
+    v_rows: jax.Array,
+    strides: RowStrides,
+    num_pages: int | None,
+    plan: AttentionPlan,
+    sinks: jax.Array | None,
+    score_mods: Sequence[ScoreMod],
+    *,
+    score: Score,
+    out_dtype: jax.typing.DTypeLike,
+    name: str,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    t, h, d = q.shape
+    dv = v_rows.shape[1]
+    wgmma = has_wgmma()
+    config = default_config(
+        plan.block_rows,
+        max(d, dv),
+        q.dtype,
+        group=plan.spec.group,
+        programs_per_sm=plan.programs_per_sm,
+        paged=num_pages is not None,
+        wgmma=wgmma,
+    )
+    merging = Merging.of(plan, config, dv, wgmma=wgmma)
+    tall = config.block_rows > MAX_FEW_ROWS
+    parts = plan.block_rows // config.block_rows
+    columns = plan.num_slots * plan.num_kv_heads * parts
+    states = (
+        Out((columns * config.block_rows, dv), jnp.float32),
+        Out((columns * config.block_rows,), jnp.float32),
+        Out((columns,), jnp.int32),
+    )
+    states = states if merging else (None, None, None)
+    out = launch(
+        functools.partial(
+            _attention_kernel,
+            static=Statics(
+                spec=plan.spec,
+                score=score,
+                source=KeySource(strides, plan.page_size, num_pages, config.block_kv, tall),
+                softmax=OnlineSoftmax(
+                    1.0 if score_mods else score.exponent_scale,
+                    late_sum=not tall,
+                    interpret=interpret,
+                ),
+                config=config,
+                parts=parts,
+                merging=merging,
+            ),
+        ),
+        dict(
+            q_ref=q.reshape(t * h, d),
+            k_ref=k_rows,
+            v_ref=v_rows,
+            items_ref=plan.items,
+            indices_ref=plan.page_indices,
+            max_page_ref=plan.max_page,
+            limits_ref=plan.limits,
+            mask_refs=plan.mask,
+            sinks_ref=sinks,
+            score_mods=tuple(score_mods),
+            # XLA writes the zeros of all the layers of a step in one kernel.
+            no_arrivals_ref=jnp.zeros(columns, jnp.int32) if merging else None,
+        ),
+        dict(
+            o_ref=Out((t * h, dv), out_dtype),
+            lse_ref=Out((t * h,), jnp.float32),
+            o_partial_ref=states[0],
+            lse_partial_ref=states[1],
+            arrivals_ref=states[2],
+        ),
+        name=name,
+        grid=(plan.num_kv_heads, plan.items.shape[0], parts),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+        aliases=dict(no_arrivals_ref="arrivals_ref") if merging else None,
+    )
+    return out["o_ref"].reshape(t, h, dv), out["lse_ref"].reshape(t, h)

@@ -1,0 +1,107 @@
+"""The attention kernel's tiles: a table, read from the top; the first row that fits a shape is its tile.
+
+Three regimes. A tile of few rows (decode) waits for memory: what counts is how many loads are under way. A tile of
+many rows (prefill) waits for tensor cores: what counts is that registers hold its accumulator. One of 64 rows waits
+for both. The figures behind each choice, and what lost against it, are in
+`benchmarks/results/h200_sweeps_attention.txt`; `python -m benchmarks tune` measures others.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block_rows: int  # of a program; those of a plan's tile, or a part of them
+    block_kv: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a tile is chosen by."""
+
+    block_rows: int  # of the plan's tiles
+    head_dim: int  # the larger one of K's and V's
+    float32: bool
+    group: int
+    programs_per_sm: int  # meant to run at once
+    paged: bool
+    wgmma: bool
+
+    @property
+    def few(self) -> bool:
+        return self.block_rows <= MAX_FEW_ROWS
+
+    @property
+    def mid(self) -> bool:
+        return self.block_rows == MID_ROWS and self.wgmma
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    fits: Callable[[Shape], bool]
+    max_rows: int
+    keys: int
+    warps: int
+    stages: int
+    why: str
+
+
+ALL = 2**30  # no bound on the rows
+
+TABLE = (
+    # float32: what shared memory and registers hold.
+    Row(lambda s: s.float32 and s.head_dim > 256, 16, 16, 4, 2, "shared memory holds no more"),
+    Row(lambda s: s.float32 and s.head_dim > 128, 32, 16, 4, 2, "shared memory holds no more"),
+    Row(lambda s: s.float32, 64, 32, 4, 2, "registers; 8 warps wait for each other"),
+    Row(lambda s: s.head_dim > 256, 32, 32, 4, 2, "shared memory holds no more"),
+    # 64 rows: many loads in flight, and wgmma's least tile.
+    Row(lambda s: s.mid and s.head_dim > 128, ALL, 32, 4, 5, "one program at a time, deep"),
+    Row(lambda s: s.mid and s.head_dim <= 64, ALL, 128, 4, 5, "short rows: more keys a load"),
+    Row(lambda s: s.mid and s.paged, ALL, 64, 4, 5, "one stage is that of the page ids"),
+    Row(lambda s: s.mid, ALL, 64, 4, 4, "two programs at once"),
+    # Few rows.
+    Row(lambda s: s.few and s.programs_per_sm == 2, ALL, 64, 4, 5, "two tiles of keys at once"),
+    Row(lambda s: s.few and s.head_dim > 128, ALL, 32, 2, 4, "as many bytes as 64 keys of 128"),
+    Row(lambda s: s.few and s.head_dim <= 64, ALL, 128, 4, 3, "as many bytes as 64 keys of 128"),
+    Row(lambda s: s.few and s.group == 1, ALL, 32, 2, 4, "one row: scores are cheap, tiles short"),
+    Row(lambda s: s.few, ALL, 64, 2, 4, "two warps do for 16 rows, and four programs run"),
+    # Many rows.
+    Row(lambda s: s.head_dim > 128 and s.paged, ALL, 64, 8, 3, "registers hold it with 8 warps"),
+    Row(lambda s: s.head_dim > 128, ALL, 64, 8, 2, "no stage for page ids"),
+    Row(
+        lambda s: s.head_dim > 64 and not s.wgmma,
+        64,
+        64,
+        8,
+        3,
+        "mma.sync's operands fill registers",
+    ),
+    Row(lambda s: s.head_dim <= 64 and s.wgmma, ALL, 128, 4, 2, "one product at a time, but long"),
+    Row(lambda s: s.paged, ALL, 64, 4, 4, "one stage is that of the page ids"),
+    Row(lambda s: True, ALL, 64, 4, 2, "two programs fit on a multiprocessor"),
+)
+
+
+def default_config(
+    block_rows: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    group: int,
+    programs_per_sm: int,
+    paged: bool,
+    wgmma: bool,
+) -> Config:
+    """The tile for a shape; a pure function of it."""
+    float32 = jnp.dtype(dtype) == jnp.float32
+    shape = Shape(block_rows, head_dim, float32, group, programs_per_sm, paged, wgmma)
+    row = next(row for row in TABLE if row.fits(shape))
+    return Config(min(block_rows, row.max_rows), row.keys, row.warps, row.stages)

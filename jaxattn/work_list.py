@@ -1,0 +1,191 @@
+"""Work lists: from tiles of query rows and the keys they see to a list of equal shares of work.
+
+A tile whose keys exceed a fair share of the batch's total is split along its keys, so that any mix of lengths fills
+the GPU (FlashDecoding; Stream-K's fair share). With `fill` work items needed to fill it,
+
+    share = total keys / fill (at least a block, or several),   splits of a tile = its keys / share, rounded, at least 1
+
+never makes more than `num_tiles + fill` items, of which at most `4 / 3 * fill` belong to split tiles. These bounds come
+from shapes alone, so the contents of the index arrays are free: other lengths never recompile.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxattn.kv_cache import PageTable
+
+KV_BLOCK = 128  # keys; splits that are not fixed are cut at multiples of it, which every kernel tile divides
+# The least share of tall tiles: a split writes and merges rows that cost more than the keys it saves. H200, prefill of
+# 1 x 512: 21.4 us; a block 25.3, two 25.7; 1 x 16 on 4096: 18.5 us, 8 blocks 22.7. Tiles of few rows gain to the last
+# block: decode of 1 x 1024 8.1 us, 2 blocks 9.2, 4 blocks 11.5; 1 x 8192 15.2, 15.3, 16.6; within 3% at more keys.
+MIN_TALL_BLOCKS = 4
+# Of this many tiles, running sums are sums over all pairs: one kernel, where XLA's are two each. H200, plan_decode of
+# 128 requests: 8.3 us, 10.6; 512: 11.7, 13.5; but 1024: 19.0, 14.9.
+MAX_PAIRWISE = 512
+
+
+class WorkItem(NamedTuple):
+    """A share of a tile: what a program does for each KV head. All int32.
+
+    Packed row r stands for query token r // g and query head `kv_head * g + r % g`.
+    """
+
+    row_begin: Array  # the tile's rows are row_begin .. row_end - 1, at most block_rows of them
+    row_end: Array
+    q_position: Array  # query token i stands at position i + it of its request
+    page_start: Array  # the request's first entry in page_indices; its first contiguous key
+    kv_begin: Array  # the item's keys are kv_begin .. kv_end - 1; with mask bits, of those that the tile visits
+    kv_end: Array
+    split: Array  # which of the tile's splits it is
+    num_splits: Array  # of the tile; with 1 it writes the output
+    slot: Array  # where the tile's num_splits partial attention states begin
+
+
+class Tiles(NamedTuple):
+    """Tiles before they are split; int32 [any] each, fields as in `WorkItem`."""
+
+    row_begin: Array
+    row_end: Array
+    q_position: Array
+    page_start: Array
+    kv_begin: Array
+    kv_end: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Where the keys of b requests lie; fields as in `AttentionPlan`."""
+
+    page_indices: Array | None
+    page_start: Array
+    kv_len: Array
+    kv_end: Array
+    page_size: int
+
+    @classmethod
+    def of(cls, table: PageTable, page_size: int) -> "Keys":
+        """The keys of a page table's requests."""
+        (start, num_pages), kv_len = table.rows(), table.kv_len(page_size)
+        kv_end = jnp.minimum(kv_len, num_pages * page_size)
+        return cls(table.indices, start, kv_len, kv_end, page_size)
+
+    def max_page(self, begin: int | Array) -> Array | None:
+        """As `AttentionPlan.max_page`, of the keys from position begin [b] on."""
+        if self.page_indices is None:
+            return None
+        entry = jnp.arange(self.page_indices.size, dtype=jnp.int32)
+        end = self.page_start + -(-self.kv_end // self.page_size)
+        if isinstance(begin, int):
+            # Requests lie one after the other.
+            used = (entry >= self.page_start[0]) & (entry < end.max())
+        else:
+            first = self.page_start + begin // self.page_size
+            request = jnp.searchsorted(self.page_start, entry, side="right") - 1
+            request = jnp.maximum(request, 0)
+            used = (entry >= first[request]) & (entry < end[request])
+        page = jnp.where(self.page_indices < 0, 2**31 - 1, self.page_indices)
+        return jnp.max(jnp.where(used, page, 0), keepdims=True)
+
+
+def aligned(begin: int | Array, page_size: int, shape: tuple[int, ...]) -> Array:
+    """The first keys of tiles, where a kernel's may begin: at a page's first, or a block's within a page."""
+    step = min(page_size & -page_size, KV_BLOCK)
+    begin = jnp.broadcast_to(jnp.asarray(begin, jnp.int32), shape)
+    return begin if step == 1 else begin - begin % step
+
+
+class WorkList(NamedTuple):
+    items: Array  # int32 [w, 9], a `WorkItem` a row
+    owner: Array  # int32 [w], the tile of each
+    num_slots: int  # capacity for partial states that they need
+
+
+@dataclasses.dataclass(frozen=True)
+class Splitting:
+    """How the keys of tiles are cut.
+
+    Attributes:
+      fill: items that fill the GPU, where `split_size` is None.
+      split_size: keys of a split, fixed; 0: tiles stay whole.
+      max_splits: splits of all tiles together, at most, where the size is fixed.
+      tall: the tiles wait for arithmetic, not for memory alone.
+    """
+
+    fill: int
+    split_size: int | None
+    max_splits: int
+    tall: bool
+
+
+def make_work_list(tiles: Tiles, how: Splitting) -> WorkList:
+    num_tiles = tiles.kv_end.size
+    keys = jnp.maximum(tiles.kv_end - tiles.kv_begin, 0)
+    if how.split_size is None:
+        splits, piece = _fair_splits(keys, how.fill, MIN_TALL_BLOCKS if how.tall else 1)
+        capacity, num_slots = num_tiles + how.fill, -(-4 * how.fill // 3)
+    elif how.split_size:
+        splits = jnp.maximum(-(-keys // how.split_size), 1)
+        piece = jnp.full_like(splits, how.split_size)
+        capacity = num_slots = how.max_splits
+    else:
+        splits, piece = jnp.ones_like(keys), keys
+        capacity, num_slots = num_tiles, 0
+
+    # A prompt's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
+    owner, nth, used = expand(splits, capacity, backwards=how.tall)
+    partials = jnp.where(splits > 1, splits, 0)
+    slot = running_sum(partials) - partials
+    begin = tiles.kv_begin[owner]
+    item = WorkItem(
+        row_begin=tiles.row_begin[owner],
+        row_end=tiles.row_end[owner],
+        q_position=tiles.q_position[owner],
+        page_start=tiles.page_start[owner],
+        kv_begin=begin + nth * piece[owner],
+        kv_end=jnp.minimum(begin + (nth + 1) * piece[owner], tiles.kv_end[owner]),
+        split=nth,
+        num_splits=splits[owner],
+        slot=slot[owner],
+    )
+    # An unused item owns no rows and no keys, so that its program does nothing.
+    nothing = WorkItem(*(jnp.int32(x) for x in (0, 0, 0, 0, 0, 0, 0, 1, 0)))
+    item = jax.tree.map(lambda field, empty: jnp.where(used, field, empty), item, nothing)
+    return WorkList(jnp.stack(item, axis=1), owner, num_slots)
+
+
+def _fair_splits(keys: Array, fill: int, min_blocks: int) -> tuple[Array, Array]:
+    """The splits of each tile, and the keys of a split, where `fill` items share the keys fairly."""
+    blocks = -(-keys // KV_BLOCK)
+    share = jnp.maximum(-(-blocks.sum(dtype=jnp.int32) // fill), min_blocks)
+    # Rounded: a second split for the little that exceeds a share would cost more than it saves.
+    splits = jnp.maximum((2 * blocks + share) // (2 * share), 1)
+    # Even pieces; rounding them to whole blocks may need one fewer.
+    piece = jnp.maximum(-(-blocks // splits), 1)
+    return jnp.maximum(-(-blocks // piece), 1), piece * KV_BLOCK
+
+
+def expand(counts: Array, capacity: int, backwards: bool = False) -> tuple[Array, Array, Array]:
+    """Lists `counts[i]` entries for each i: (i, its number among them, whether the entry is used), [capacity].
+
+    Those that are used come first, `backwards` in descending order.
+    """
+    ends = running_sum(counts)
+    entry = jnp.arange(capacity, dtype=jnp.int32)
+    used = entry < ends[-1]
+    entry = jnp.where(used, ends[-1] - 1 - entry if backwards else entry, 0)
+    # Unrolled, the search is one kernel with the gathers that follow it.
+    owner = jnp.searchsorted(ends, entry, side="right", method="scan_unrolled").astype(jnp.int32)
+    owner = jnp.where(used, owner, 0)
+    return owner, entry - (ends - counts)[owner], used
+
+
+def running_sum(x: Array) -> Array:
+    """x[0], x[0] + x[1], ..."""
+    if x.size > MAX_PAIRWISE:
+        return jnp.cumsum(x, dtype=jnp.int32)
+    i = jnp.arange(x.size, dtype=jnp.int32)
+    return jnp.where(i[None, :] <= i[:, None], x[None, :], 0).sum(axis=1, dtype=jnp.int32)
