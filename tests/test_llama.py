@@ -207,6 +207,19 @@ def test_rope_config_of_transformers_5_and_before(key):
             ValueError,
             "factor in rope_scaling must be a positive number; got '4'",
         ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            ValueError,
+            "low_freq_factor must be less than high_freq_factor; got 4.0, 4.0",
+        ),
         ({"rope_scaling": 4.0}, ValueError, "rope_scaling in config.json must be an object"),
         (
             {
@@ -593,7 +606,7 @@ def test_load_errors_about_files(tmp_path):
 
 def test_load_errors_about_weights(tmp_path):
     write(tmp_path, without=("model.norm.weight",))
-    with pytest.raises(ValueError, match="has no tensor 'model.norm.weight'"):
+    with pytest.raises(ValueError, match="lacks tensors: model.norm.weight"):
         llama.load(tmp_path)
     write(tmp_path, change={"model.norm.weight": np.ones(15, np.float32)})
     with pytest.raises(ValueError, match=r"'model.norm.weight' must have shape \[16\].*got \[15\]"):
@@ -664,10 +677,10 @@ def test_biases_of_the_file_are_used(tmp_path, architecture, entries, held, used
 @pytest.mark.parametrize(
     ("entries", "held", "message"),
     [
-        ({"attention_bias": True}, QKV, "has no tensor 'model.layers.[01].self_attn.o_proj.bias'"),
+        ({"attention_bias": True}, QKV, "lacks tensors: model.layers.0.self_attn.o_proj.bias, "),
         ({"attention_bias": False}, QKV, "does not use: model.layers.0.self_attn.k_proj.bias, .*v"),
         ({"mlp_bias": False}, ("up_proj",), "does not use: model.layers.0.mlp.up_proj.bias"),
-        ({}, ("q_proj",), "has no tensor 'model.layers.[01].self_attn.[kv]_proj.bias'"),
+        ({}, ("q_proj",), "lacks tensors: model.layers.0.self_attn.k_proj.bias, "),
     ],
 )
 def test_biases_at_odds_with_the_entries(tmp_path, entries, held, message):

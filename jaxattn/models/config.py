@@ -307,13 +307,14 @@ def _rope_of(rope: Entries, theta: float, needs_type: bool) -> RopeConfig:
     elif kind == "linear":
         config = RopeConfig(theta, float(rope.need("factor", POSITIVE)))
     elif kind == "llama3":
-        config = RopeConfig(
-            theta,
-            float(rope.need("factor", POSITIVE)),
-            float(rope.need("low_freq_factor", POSITIVE)),
-            float(rope.need("high_freq_factor", POSITIVE)),
-            rope.need("original_max_position_embeddings", POSITIVE_INT),
-        )
+        factor = float(rope.need("factor", POSITIVE))
+        low, high = (float(rope.need(f"{x}_freq_factor", POSITIVE)) for x in ("low", "high"))
+        if low >= high:
+            raise ValueError(
+                f"low_freq_factor must be less than high_freq_factor; got {low}, {high}"
+            )
+        old_context_len = rope.need("original_max_position_embeddings", POSITIVE_INT)
+        config = RopeConfig(theta, factor, low, high, old_context_len)
     else:
         raise NotImplementedError(
             f"rope_type={kind!r} is not built; supported: 'default', 'linear', 'llama3'"

@@ -138,8 +138,9 @@ def _open(path: str | Path) -> tuple[LlamaConfig, Checkpoint]:
         eos = token_ids(generation.get("eos_token_id", TOKEN_IDS))
         config = dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
     used = {name for source in jax.tree.leaves(sources(config)) for name, _ in source.tensors}
-    for name in used - checkpoint.names:
-        raise ValueError(f"the checkpoint {str(path)!r} has no tensor {name!r}")
+    missing = sorted(used - checkpoint.names)
+    if missing:
+        raise ValueError(f"the checkpoint {str(path)!r} lacks tensors: {_listed(missing)}")
     unused = sorted(
         name
         for name in checkpoint.names - used
@@ -148,12 +149,16 @@ def _open(path: str | Path) -> tuple[LlamaConfig, Checkpoint]:
         if not (config.tie_word_embeddings and name == HEAD)
     )
     if unused:
-        more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
         raise ValueError(
             f"the checkpoint {str(path)!r} holds tensors that the model of its config.json does "
-            f"not use: {', '.join(unused[:8])}{more}. A model without them gives other tokens"
+            f"not use: {_listed(unused)}. A model without them gives other tokens"
         )
     return config, checkpoint
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def load(
