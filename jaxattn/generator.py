@@ -58,9 +58,10 @@ class Generator:
         2 * num_layers * num_pages * page_size * num_kv_heads * head_dim * bytes of a weight
 
     of device memory beside the weights. A call that needs more pages than there are replaces the cache, and one that
-    fails frees it; neither ever holds two. With `num_pages` and `max_context` given, nothing grows, and only another
-    number of requests, or of tokens in a short prefill, compiles again. Compiled programs are kept by the process, for
-    every Generator of a like model.
+    fails frees it; neither ever holds two. With `num_pages` and `max_context` given, nothing grows.
+
+    Compiled programs are kept by the process, the 32 used last, for every Generator of a like model. Calls share one if
+    their sizes round to the same and their sampling is the same: other lengths and tokens do not compile again.
 
     Args:
       params, config: from `llama.load`; the cache gets the weights' dtype.

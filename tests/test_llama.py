@@ -232,7 +232,7 @@ def test_rope_config_of_transformers_5_and_before(key):
         (
             {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}},
             ValueError,
-            "must have settings for 'full_attention'",
+            "has no settings for 'full_attention', which some layers are",
         ),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "rope_theta": 1e4}},
@@ -519,7 +519,13 @@ def test_sliding_window_is_refused_where_it_would_matter(change, window):
             "Mistral",
             {"sliding_window": 32, "use_sliding_window": False},
             ValueError,
-            "contradict each other: say sliding_window=null",
+            "use_sliding_window=False and max_window_layers=None in config.json contradict",
+        ),
+        (
+            "Mistral",
+            {"sliding_window": 32, "max_window_layers": 1},
+            ValueError,
+            "use_sliding_window=None and max_window_layers=1 in config.json contradict",
         ),
         ("Mistral", {"use_sliding_window": True}, ValueError, "its 2 sliding layers need"),
         ("Mistral", {"sliding_window": 0}, ValueError, "a positive integer; got 0"),

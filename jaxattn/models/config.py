@@ -233,17 +233,18 @@ def _layers(entries: Entries, architecture: str, num_layers: int) -> tuple[list[
                 f"{kinds.count(SLIDING)} layers are {SLIDING!r}"
             )
     elif architecture == "MistralForCausalLM":
-        if use is False and window is not None:
+        if window is not None and (use is False or first):
             raise ValueError(
-                "use_sliding_window=false and the sliding_window of a Mistral contradict each "
-                "other: say sliding_window=null in config.json where no layer slides"
+                "the sliding_window of a Mistral is that of every layer, which "
+                f"use_sliding_window={use} and max_window_layers={first} in config.json contradict: "
+                "say which layers slide by layer_types"
             )
         kinds = [SLIDING if window or use else FULL] * num_layers
     elif architecture.startswith("Qwen"):
         kinds = [FULL] * num_layers
         if use:
-            first = entries.need("max_window_layers", COUNT)
-            kinds = [FULL if i < first else SLIDING for i in range(num_layers)]
+            full = entries.need("max_window_layers", COUNT)
+            kinds = [FULL if i < full else SLIDING for i in range(num_layers)]
     elif use or (use is None and window is not None):
         raise ValueError(
             f"sliding_window={window} in the config.json of a Llama does not say which layers "
@@ -283,7 +284,7 @@ def _rope(entries: Entries, kinds: Collection[str]) -> RopeConfig:
     for kind in sorted(set(kinds)):
         if settings[kind] is None:
             raise ValueError(
-                f"{name} in config.json must have settings for {kind!r}, as layers are"
+                f"{name} in config.json has no settings for {kind!r}, which some layers are"
             )
         used[kind] = _rope_of(Entries(settings[kind], f"{name}.{kind}"), theta, needs_type=False)
     first, *others = used.values()
