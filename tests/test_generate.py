@@ -60,6 +60,15 @@ def test_a_prompt_alone_gives_what_it_gives_in_a_batch(greedy):
     assert alone.tokens == greedy[1:2]
 
 
+@pytest.mark.slow
+def test_kernels_in_a_batch_that_is_filled_up():
+    # Three requests run as four, the last without tokens.
+    options = dict(max_new_tokens=[5, 3, 1], stream_every=4)
+    wanted = generate(PARAMS, CONFIG, PROMPTS[:3], **options).tokens
+    interpreted = generate(PARAMS, CONFIG, PROMPTS[:3], **options, backend="interpret")
+    assert interpreted.tokens == wanted
+
+
 def test_eos_ends_a_request_and_no_other(greedy):
     eos = [greedy[0][4], greedy[3][0]]
     result = generate(PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS, eos_token_ids=eos)
