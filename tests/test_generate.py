@@ -4,6 +4,7 @@ The oracle is `dense_logits` of the demo, which knows neither pages nor kernels.
 """
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -16,18 +17,10 @@ from tiny import CONFIG, random_params, random_prompts
 
 from benchmarks import compile_report
 from examples import demo
-from jaxattn.generate import (
-    Requests,
-    Sampling,
-    State,
-    _compile_for,
-    allocate_pages,
-    decode_steps,
-    generate,
-    main,
-    sample,
-)
+from jaxattn.generate import Generator, Sizes, generate, main
+from jaxattn.generator import allocate_pages, round_up
 from jaxattn.models import llama
+from jaxattn.steps import Requests, Sampling, State, decode_steps, sample
 
 PARAMS = random_params(CONFIG)
 PROMPTS = random_prompts([1, 30, 9, 16])
@@ -65,6 +58,15 @@ def test_how_it_is_cut_changes_no_token(greedy, how):
 def test_a_prompt_alone_gives_what_it_gives_in_a_batch(greedy):
     alone = generate(PARAMS, CONFIG, PROMPTS[1:2], max_new_tokens=LIMITS[1])
     assert alone.tokens == greedy[1:2]
+
+
+@pytest.mark.slow
+def test_kernels_in_a_batch_that_is_filled_up():
+    # Three requests run as four, the last without tokens.
+    options = dict(max_new_tokens=[5, 3, 1], stream_every=4)
+    wanted = generate(PARAMS, CONFIG, PROMPTS[:3], **options).tokens
+    interpreted = generate(PARAMS, CONFIG, PROMPTS[:3], **options, backend="interpret")
+    assert interpreted.tokens == wanted
 
 
 def test_eos_ends_a_request_and_no_other(greedy):
@@ -125,21 +127,185 @@ def test_sample():
     assert (drawn(1, temperature=1.0, top_p=0.9) > 0).all()
 
 
-def test_other_lengths_compile_nothing():
-    def run(lengths, limits):
-        prompts = random_prompts(lengths, seed=1)
-        generate(PARAMS, CONFIG, prompts, max_new_tokens=limits, num_pages=20, prefill_chunk=8)
-        return _compile_for.cache_info().misses
+def compilations(caplog, run) -> int:
+    """How many programs, large or small, XLA compiles while `run` runs."""
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run()
+    return sum(record.getMessage().startswith("Compiling") for record in caplog.records)
 
-    assert run([20, 3], [28, 4]) == run([7, 40], [1, 8])
+
+def test_lengths_of_like_size_compile_nothing(caplog):
+    def run(lengths, **how):
+        prompts = random_prompts(lengths, seed=1)
+        # Another number of steps than other tests', so that their programs do not serve.
+        generate(PARAMS, CONFIG, prompts, **dict(max_new_tokens=6, stream_every=3) | how)
+
+    assert compilations(caplog, lambda: run([3, 20])) > 0
+    assert compilations(caplog, lambda: run([3, 21])) == 0
+    assert compilations(caplog, lambda: run([9, 18], max_new_tokens=[8, 1], seed=3)) == 0
+    assert compilations(caplog, lambda: run([3, 20], eos_token_ids=[5])) == 0
+
+
+def test_any_lengths_compile_nothing_in_a_cache_of_given_size(caplog):
+    sizes = Sizes(num_pages=20, max_context=64, prefill_chunk=8, stream_every=3)
+
+    def run(lengths, limits):
+        generator = Generator(PARAMS, CONFIG, sizes)
+        generator.generate(random_prompts(lengths, seed=1), max_new_tokens=limits)
+
+    assert compilations(caplog, lambda: run([20, 3, 5], [28, 4, 1])) > 0
+    assert compilations(caplog, lambda: run([7, 40, 9, 8], [1, 8, 2, 2])) == 0
+
+
+PAGE = 11  # nobody else's, so that arrays of such pages are these tests' caches
+
+
+def caches() -> list[jax.Array]:
+    """The K and V pages that are alive."""
+    page = (PAGE, CONFIG.num_kv_heads, CONFIG.head_dim)
+    return [x for x in jax.live_arrays() if x.shape[1:] == page]
+
+
+def test_a_generator_keeps_its_cache(greedy, monkeypatch):
+    made = []
+
+    def empty_caches(config, num_pages, *args):
+        assert not caches()  # what is replaced is gone before
+        made.append(num_pages)
+        # What no request owns must not matter.
+        return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), make(config, num_pages, *args))
+
+    def buffers():
+        held = caches()
+        assert len(held) == 2 * CONFIG.num_layers and {x.shape[0] for x in held} == {made[-1]}
+        return {x.unsafe_buffer_pointer() for x in held}
+
+    make = llama.empty_caches
+    monkeypatch.setattr(llama, "empty_caches", empty_caches)
+    generator = Generator(PARAMS, CONFIG, Sizes(page_size=PAGE))
+    first = generator.generate(random_prompts([3, 20]), max_new_tokens=8)
+    before = buffers()
+    generator.generate(random_prompts([3, 21]), max_new_tokens=8)
+    assert generator.generate(random_prompts([3, 20]), max_new_tokens=8).tokens == first.tokens
+    assert made == [4] and buffers() == before
+    # More pages than it has: it grows, and then serves the smaller call from the larger cache.
+    assert generator.generate(PROMPTS, max_new_tokens=LIMITS).tokens == greedy
+    before = buffers()
+    assert generator.generate(random_prompts([3, 20]), max_new_tokens=8).tokens == first.tokens
+    assert made == [4, 16] and buffers() == before
+    del generator
+    assert not caches()
+
+
+def test_generate_keeps_no_cache():
+    generate(PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS, page_size=PAGE)
+    assert not caches()
+
+
+def test_a_call_that_fails_leaves_a_generator_that_works(greedy):
+    generator = Generator(PARAMS, CONFIG, Sizes(page_size=PAGE))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for how in (dict(stream=stop), dict(progress=stop)):
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            generator.generate(PROMPTS, max_new_tokens=LIMITS, **how)
+        # Also while someone holds the traceback, as a notebook does.
+        assert stopped.tb is not None and not caches()
+        assert generator.generate(PROMPTS, max_new_tokens=LIMITS).tokens == greedy
+
+
+def test_a_call_within_a_call(greedy):
+    generator = Generator(PARAMS, CONFIG)
+    inner = []
+
+    def stream(request, tokens):
+        if not inner:
+            inner.append(generator.generate(PROMPTS, max_new_tokens=LIMITS).tokens)
+
+    outer = generator.generate(PROMPTS, max_new_tokens=LIMITS, stream=stream)
+    assert inner == [greedy] and outer.tokens == greedy
+
+
+def test_draws_do_not_depend_on_how_many_requests_there_are():
+    def draw(prompts):
+        return generate(PARAMS, CONFIG, prompts, max_new_tokens=12, temperature=0.9).tokens
+
+    assert draw(PROMPTS[:1]) == draw(PROMPTS[:3])[:1]
+
+
+def test_round_up():
+    sizes = [round_up(n) for n in range(1, 3000)]
+    assert all(n <= size <= max(1.25 * n, 64) for n, size in enumerate(sizes, start=1))
+    assert sizes == sorted(sizes) and all(round_up(size) == size for size in sizes)
+    assert sorted(set(sizes))[:12] == [1, 2, 4, 8, 16, 32, 64, 80, 96, 112, 128, 160]
 
 
 def test_pages_are_permuted_and_nobodys_twice():
-    table, num_pages = allocate_pages([40, 1, 16], 8, None)
-    assert num_pages == 8 and table.shape == (3, 5)
+    table = allocate_pages([40, 1, 16, 0], 8, 8, max_pages=6)
+    assert table.shape == (4, 6)
     owned = table[table >= 0]
     assert sorted(owned) == list(range(8)) and list(owned) != sorted(owned)
-    assert [(row >= 0).sum() for row in table] == [5, 1, 2]
+    assert [(row >= 0).sum() for row in table] == [5, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        np.asarray([[5, 6, 7], [8, 9, 10]], np.int64),
+        np.asarray([[5, 6, 7], [8, 9, 10]], np.uint8),
+        jnp.asarray([[5, 6, 7], [8, 9, 10]], jnp.int32),
+        [np.asarray([5, 6, 7]), (8, 9, 10)],
+        (range(5, 8), [np.int32(8), 9, 10]),
+    ],
+    ids=["int64", "uint8", "jax", "mixed", "range"],
+)
+def test_what_a_prompt_is(prompts):
+    wanted = generate(PARAMS, CONFIG, [[5, 6, 7], [8, 9, 10]], max_new_tokens=4)
+    for limits in (4, [4, 4], np.asarray([4, 4]), np.int64(4)):
+        got = generate(PARAMS, CONFIG, prompts, max_new_tokens=limits)
+        assert got.tokens == wanted.tokens and got.prompt_tokens == 6
+
+
+def test_eos_token_ids_may_be_one_or_none(greedy):
+    def run(eos):
+        return generate(PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS, eos_token_ids=eos).tokens
+
+    eos = greedy[0][4]
+    assert run(None) == run(()) == greedy
+    assert run(eos) == run([eos]) == run(np.asarray([eos, eos])) != greedy
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prompts="1 2"), "prompts must hold the token ids of each request, .*; got '1 2'"),
+        (dict(prompts=["1 2", "3"]), "prompts must hold .* 2-D integer array; prompt 0 is '1 2'"),
+        (dict(prompts=[1, 2, 3]), "prompts must hold .*; prompt 0 is 1"),
+        (dict(prompts=np.asarray([1, 2])), "prompts must hold .*; prompt 0 is"),
+        (
+            dict(prompts=[[1], [[1, 2], [3]]]),
+            r"prompts must hold .*; prompt 1 is \[\[1, 2\], \[3\]\]",
+        ),
+        (dict(prompts=7), "prompts must hold .*; got 7"),
+        (dict(prompts=[[1, 2], None]), "prompts must hold .*; prompt 1 is None"),
+        (dict(prompts=[[1], [1.7, 2.2]]), r"integers; prompt 1 holds float64: \[1.7, 2.2\]"),
+        (dict(prompts=np.ones((2, 3), np.float32)), "integers; prompt 0 holds float32"),
+        (dict(prompts=[[True, False]]), "integers; prompt 0 holds bool"),
+        (dict(prompts=[["a", "b"]]), "integers; prompt 0 holds <U1"),
+        (dict(prompts=[[1, 2**70]]), "integers; prompt 0 holds object"),
+        (dict(eos_token_ids=2.5), "integers; eos_token_ids holds float64"),
+        (dict(eos_token_ids="2"), "integers; eos_token_ids holds <U1"),
+        (dict(eos_token_ids=[[2]]), "integers; eos_token_ids holds int64"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_is_no_prompt(change, message):
+    arguments = dict(prompts=[[1, 2, 3], [4]], max_new_tokens=6) | change
+    with pytest.raises(TypeError, match=message):
+        generate(PARAMS, CONFIG, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +317,17 @@ def test_pages_are_permuted_and_nobodys_twice():
         (dict(prompts=[[-1]]), r"prompt 0 has -1 .. -1"),
         (dict(max_new_tokens=0), "max_new_tokens must be a positive integer; got 0"),
         (dict(max_new_tokens=[1]), "one for each of 2 prompts; got 1"),
+        (dict(max_new_tokens=1.5), "max_new_tokens must be a positive integer; got 1.5"),
+        (dict(max_new_tokens=None), "max_new_tokens must be a positive integer; got None"),
+        (dict(max_new_tokens=[1, 0]), "max_new_tokens must be a positive integer; got 0"),
+        (dict(eos_token_ids=-1), r"in \[0, vocab_size=256\); eos_token_ids has -1 .. -1"),
+        (dict(eos_token_ids=[1, 256]), "eos_token_ids has 1 .. 256"),
+        (dict(seed=-1), "seed must be an integer, at least 0; got -1"),
+        (dict(seed=1.5), "seed must be an integer, at least 0; got 1.5"),
+        (dict(num_pages=0), "num_pages must be a positive integer; got 0"),
+        (dict(max_context=0), "max_context must be a positive integer; got 0"),
+        (dict(max_context=8), "9 tokens, prompt and new ones, exceeds max_context=8: raise it"),
+        (dict(max_context=257), "257 tokens exceeds config.max_position_embeddings=256"),
         (dict(temperature=-0.5), "temperature must be 0 or positive; got -0.5"),
         (dict(top_p=0.0), r"top_p must be in \(0, 1\]; got 0.0"),
         (dict(page_size=0), "page_size must be a positive integer; got 0"),
@@ -360,6 +537,42 @@ def test_cli_errors(checkpoint, tmp_path, monkeypatch, capsys):
     assert "raise it" in error_of("--model", checkpoint, "--prompt", "a", "--num-pages", 1)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert "pip install 'jaxattn[models]'" in error_of("--model", checkpoint, "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--prompt", "a", "--temperature", -1), "temperature must be 0 or positive; got -1"),
+        (("--prompt", "a", "--top-p", 0), "top_p must be in"),
+        (("--prompt", "a", "--seed", -1), "seed must be an integer, at least 0; got -1"),
+        (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens must be a positive integer"),
+        (("--prompt", "a", "--max-new-tokens", 5000), "exceeds config.max_position_embeddings"),
+        (("--prompt", "a", "--page-size", 0), "page_size must be a positive integer; got 0"),
+        (("--prompt", "a", "--num-pages", 0), "num_pages must be a positive integer; got 0"),
+        (("--prompt", "a", "--num-pages", 1), "num_pages=1: raise it"),
+        (("--prompt", "a", "--prefill-chunk", 0), "prefill_chunk must be a positive integer"),
+        (("--prompt", "a", "--prompt", ""), "prompt 1 has none"),
+        ((), "give --prompt TEXT or --batch FILE"),
+    ],
+    ids=str,
+)
+def test_cli_checks_its_arguments_before_it_reads_weights(
+    checkpoint, monkeypatch, capsys, args, message
+):
+    monkeypatch.setattr(llama, "load", lambda *args, **options: pytest.fail("weights were read"))
+    assert cli("--model", checkpoint, *args) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_cli_rewrites_its_progress_on_a_terminal_only(checkpoint, monkeypatch, capsys):
+    arguments = ("--model", checkpoint, "--prompt", "A page", "--max-new-tokens", 2)
+    assert cli(*arguments) == 0
+    progress = capsys.readouterr().err
+    assert "\r" not in progress and progress.count("loading: ") == 1
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli(*arguments) == 0
+    progress = capsys.readouterr().err
+    assert "\rloading: 1/9 weights\rloading: 2/9 weights" in progress
 
 
 def test_python_dash_m():

@@ -1,5 +1,6 @@
 """Parity with Hugging Face's models, on checkpoints that transformers saved."""
 
+import json
 import warnings
 
 import jax
@@ -51,6 +52,18 @@ MODELS = {
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=16)),
 }
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_their_configs_are_understood(name, tmp_path):
+    theirs = getattr(transformers, f"{name}Config")(architectures=[f"{name}ForCausalLM"])
+    theirs.save_pretrained(tmp_path)
+    config = llama.LlamaConfig.from_hf(theirs.to_dict())
+    assert config == llama.LlamaConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
+    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.sliding_window == (4096 if name == "Mistral" else None)
+    without_name = theirs.to_dict() | {"architectures": None}
+    assert config == llama.LlamaConfig.from_hf(without_name)
 
 
 @pytest.fixture(scope="module", params=MODELS)

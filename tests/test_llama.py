@@ -5,6 +5,7 @@ The oracle is `dense_logits` of the demo, which knows neither pages nor kernels.
 
 import dataclasses
 import json
+import re
 import sys
 
 import jax
@@ -146,7 +147,27 @@ def test_rope_config_of_transformers_5_and_before(key):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, ValueError, "'GPT2LMHeadModel'; supported: Llama"),
         ({"architectures": None}, ValueError, "unknown architecture None"),
+        ({"architectures": ["A", "B"]}, ValueError, "unknown architecture 'A', 'B'"),
+        ({"architectures": "Llama"}, ValueError, "architectures .* a list of strings; got 'Llama'"),
+        ({"model_type": "qwen2"}, ValueError, "same model; got 'LlamaForCausalLM' and 'qwen2'"),
         ({"hidden_size": None}, ValueError, "config.json has no 'hidden_size'"),
+        ({"hidden_size": "256"}, ValueError, "hidden_size .* a positive integer; got '256'"),
+        ({"hidden_size": 256.0}, ValueError, "hidden_size .* a positive integer; got 256.0"),
+        ({"num_key_value_heads": 0}, ValueError, "num_key_value_heads .* positive integer; got 0"),
+        ({"head_dim": 0}, ValueError, "head_dim .* a positive integer; got 0"),
+        ({"head_dim": 5}, ValueError, "rotary_dim must be even"),
+        ({"hidden_size": 18}, ValueError, "'head_dim' where num_attention_heads does not divide"),
+        ({"num_hidden_layers": True}, ValueError, "num_hidden_layers .* integer; got True"),
+        ({"rms_norm_eps": "1e-5"}, ValueError, "rms_norm_eps .* a positive number; got '1e-5'"),
+        ({"rope_theta": 0}, ValueError, "rope_theta .* a positive number; got 0"),
+        ({"tie_word_embeddings": 1}, ValueError, "tie_word_embeddings .* true or false; got 1"),
+        ({"eos_token_id": 2.0}, ValueError, "eos_token_id .* a token id, or a list .*; got 2.0"),
+        ({"eos_token_id": [2, -1]}, ValueError, r"eos_token_id .*; got \[2, -1\]"),
+        (
+            {"attention_bias": True, "bias": False},
+            ValueError,
+            "the same; got attention_bias=True and bias=False",
+        ),
         ({"num_key_value_heads": 3}, ValueError, "multiple of num_kv_heads"),
         ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act='gelu' is not built"),
         (
@@ -159,17 +180,226 @@ def test_rope_config_of_transformers_5_and_before(key):
             NotImplementedError,
             "rope_type='yarn' is not built; supported: 'default', 'linear', 'llama3'",
         ),
-        ({"rope_scaling": {"type": "linear"}}, ValueError, "config.json has no 'factor'"),
+        ({"rope_scaling": {"type": "linear"}}, ValueError, "rope_scaling has no 'factor'"),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             NotImplementedError,
             "partial_rotary_factor=0.5 is not built",
+        ),
+        ({"rope_scaling": {"factor": 4.0}}, ValueError, "rope_scaling has no 'rope_type'"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 4.0}},
+            ValueError,
+            "must be the same; got 'llama3', 'linear'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "factor": 4.0}},
+            NotImplementedError,
+            "rope_parameters has entries .*: factor=4.0 is not built",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0, "attention_factor": 1.2}},
+            NotImplementedError,
+            "attention_factor=1.2 is not built",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "4"}},
+            ValueError,
+            "factor in rope_scaling must be a positive number; got '4'",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            ValueError,
+            "low_freq_factor must be less than high_freq_factor; got 4.0, 4.0",
+        ),
+        ({"rope_scaling": 4.0}, ValueError, "rope_scaling in config.json must be an object"),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+                "rope_parameters": {"type": "linear", "factor": 2.0},
+            },
+            ValueError,
+            "must not differ",
+        ),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}},
+            ValueError,
+            "has no settings for 'full_attention', which some layers are",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "rope_theta": 1e4}},
+            NotImplementedError,
+            "rope_theta=10000.0 is not built",
+        ),
+        (
+            {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": 32,
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6},
+                    "sliding_attention": {"rope_theta": 1e4},
+                },
+            },
+            NotImplementedError,
+            "that differ by layer type are not built",
         ),
     ],
 )
 def test_config_errors(change, error, message):
     with pytest.raises(error, match=message):
         llama.LlamaConfig.from_hf({**HF, **change})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+        {"logit_scale": 0.0625},
+        {"attention_multiplier": 0.0078125},
+        {"num_local_experts": 8},
+        {"num_experts": 8},
+        {"no_rope_layers": [1, 0]},
+        {"clip_qkv": 8.0},
+        {"is_causal": False},
+        {"use_qk_norm": True},
+        {"rope_interleaved": True},
+        {"original_max_position_embeddings": 32},
+        {"auto_map": {"AutoModelForCausalLM": "modeling.Other"}},
+        {"an_entry_of_next_year": False},
+    ],
+    ids=lambda entry: next(iter(entry)),
+)
+def test_entries_that_are_not_understood_are_refused_by_name(entry):
+    ((name, value),) = entry.items()
+    with pytest.raises(NotImplementedError, match=rf"{name}={re.escape(repr(value))} is not built"):
+        llama.LlamaConfig.from_hf(HF | entry)
+    # One that says nothing is none.
+    assert llama.LlamaConfig.from_hf(HF | {name: None}) == llama.LlamaConfig.from_hf(HF)
+
+
+def test_every_entry_that_is_not_understood_is_named():
+    with pytest.raises(NotImplementedError, match="clip_qkv=8.0 .*, is_causal=False .*: True"):
+        llama.LlamaConfig.from_hf({**HF, "clip_qkv": 8.0, "is_causal": False})
+
+
+def test_entries_that_change_nothing_pass():
+    harmless = dict(use_cache=False, torch_dtype="bfloat16", pretraining_tp=2, id2label={0: "A"})
+    neutral = dict(is_causal=True, logit_scale=1, use_qk_norm=False, pruned_heads={})
+    plain = llama.LlamaConfig.from_hf(HF)
+    assert llama.LlamaConfig.from_hf({**HF, **harmless, **neutral}) == plain
+    with pytest.raises(NotImplementedError, match="logit_scale=True"):
+        llama.LlamaConfig.from_hf({**HF, "logit_scale": True})
+
+
+def test_model_type_names_the_architecture():
+    named = {key: HF[key] for key in HF if key != "architectures"}
+    qwen3 = {"architectures": ["Qwen3ForCausalLM"]}
+    assert llama.LlamaConfig.from_hf(named | {"model_type": "llama"}) == llama.LlamaConfig.from_hf(
+        HF
+    )
+    assert llama.LlamaConfig.from_hf(
+        {**named, "architectures": None, "model_type": "qwen3"}
+    ) == llama.LlamaConfig.from_hf(HF | qwen3)
+
+
+PUBLISHED = {  # what the models' config.json hold, transformers 4's style
+    "llama2_7b": dict(
+        _name_or_path="meta-llama/Llama-2-7b-hf", architectures=["LlamaForCausalLM"],
+        bos_token_id=1, eos_token_id=2, hidden_act="silu", hidden_size=4096,
+        initializer_range=0.02, intermediate_size=11008, max_position_embeddings=4096,
+        model_type="llama", num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32,
+        pad_token_id=0, pretraining_tp=1, rms_norm_eps=1e-05, rope_scaling=None,
+        tie_word_embeddings=False, torch_dtype="float16", transformers_version="4.31.0.dev0",
+        use_cache=True, vocab_size=32000,
+    ),
+    "llama3.2_1b": dict(
+        architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0,
+        bos_token_id=128000, eos_token_id=[128001, 128008, 128009], head_dim=64,
+        hidden_act="silu", hidden_size=2048, initializer_range=0.02, intermediate_size=8192,
+        max_position_embeddings=131072, mlp_bias=False, model_type="llama",
+        num_attention_heads=32, num_hidden_layers=16, num_key_value_heads=8, pretraining_tp=1,
+        rms_norm_eps=1e-05,
+        rope_scaling=dict(
+            factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0,
+            original_max_position_embeddings=8192, rope_type="llama3",
+        ),
+        rope_theta=500000.0, tie_word_embeddings=True, torch_dtype="bfloat16",
+        transformers_version="4.45.0.dev0", use_cache=True, vocab_size=128256,
+    ),
+    "mistral_7b_v0.1": dict(
+        architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_act="silu",
+        hidden_size=4096, initializer_range=0.02, intermediate_size=14336,
+        max_position_embeddings=32768, model_type="mistral", num_attention_heads=32,
+        num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=10000.0,
+        sliding_window=4096, tie_word_embeddings=False, torch_dtype="bfloat16",
+        transformers_version="4.34.0.dev0", use_cache=True, vocab_size=32000,
+    ),
+    "mistral_nemo": dict(
+        architectures=["MistralForCausalLM"], attention_dropout=0.0, bos_token_id=1,
+        eos_token_id=2, head_dim=128, hidden_act="silu", hidden_size=5120,
+        initializer_range=0.02, intermediate_size=14336, max_position_embeddings=131072,
+        model_type="mistral", num_attention_heads=32, num_hidden_layers=40,
+        num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=1000000.0, sliding_window=None,
+        tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.43.0.dev0",
+        use_cache=True, vocab_size=131072,
+    ),
+    "qwen2.5_7b": dict(
+        architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643,
+        eos_token_id=151643, hidden_act="silu", hidden_size=3584, initializer_range=0.02,
+        intermediate_size=18944, max_position_embeddings=131072, max_window_layers=28,
+        model_type="qwen2", num_attention_heads=28, num_hidden_layers=28, num_key_value_heads=4,
+        rms_norm_eps=1e-06, rope_theta=1000000.0, sliding_window=131072,
+        tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.40.1",
+        use_cache=True, use_mrope=False, use_sliding_window=False, vocab_size=152064,
+    ),
+    "qwen3_8b": dict(
+        architectures=["Qwen3ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+        bos_token_id=151643, eos_token_id=151645, head_dim=128, hidden_act="silu",
+        hidden_size=4096, initializer_range=0.02, intermediate_size=12288,
+        max_position_embeddings=40960, max_window_layers=36, model_type="qwen3",
+        num_attention_heads=32, num_hidden_layers=36, num_key_value_heads=8, rms_norm_eps=1e-06,
+        rope_scaling=None, rope_theta=1000000, sliding_window=None, tie_word_embeddings=False,
+        torch_dtype="bfloat16", transformers_version="4.51.0", use_cache=True,
+        use_sliding_window=False, vocab_size=151936,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_configs_are_understood(raw):
+    config = llama.LlamaConfig.from_hf(raw)
+    name, theta = raw["architectures"][0], raw.get("rope_theta", 10000.0)
+    assert config.head_dim == raw.get("head_dim", 128)
+    assert config.rope.rope_theta == theta
+    assert (config.rope.old_context_len == 8192) == bool(raw.get("rope_scaling"))
+    assert config.qkv_bias == name.startswith("Qwen2") and not config.o_bias
+    assert config.qk_norm == name.startswith("Qwen3")
+    assert config.sliding_window == (4096 if raw.get("sliding_window") == 4096 else None)
+
+
+def test_rope_settings_by_layer_type():
+    settings = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0, "low_freq_factor": 1.0}
+    settings |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    other = {"rope_type": "default", "rope_theta": 1e4}
+    nested = {"full_attention": settings, "sliding_attention": other}
+    config = llama.LlamaConfig.from_hf({**HF, "rope_parameters": nested})
+    assert config.rope == llama.RopeConfig(1e6, 8.0, 1.0, 4.0, 32)
+    layers = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 32}
+    config = llama.LlamaConfig.from_hf({**HF, **layers, "rope_parameters": nested})
+    assert config.rope == llama.RopeConfig(1e4)
+    layers = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 32}
+    nested = dict.fromkeys(("full_attention", "sliding_attention"), settings)
+    config = llama.LlamaConfig.from_hf({**HF, **layers, "rope_parameters": nested})
+    assert config.rope == llama.RopeConfig(1e6, 8.0, 1.0, 4.0, 32)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +426,42 @@ def test_config_errors(change, error, message):
             },
             None,
         ),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "sliding_window": 32,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            32,
+        ),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "sliding_window": 32,
+                "use_sliding_window": False,
+                "max_window_layers": None,
+            },
+            None,
+        ),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}, 32),
+        (
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 32,
+            },
+            32,
+        ),
+        (
+            {
+                "architectures": ["MistralForCausalLM"],
+                "layer_types": ["full_attention", "full_attention"],
+                "sliding_window": 32,
+            },
+            None,
+        ),
+        ({"sliding_window": 32, "use_sliding_window": False}, None),
     ],
 )
 def test_sliding_window_is_refused_where_it_would_matter(change, window):
@@ -207,6 +473,67 @@ def test_sliding_window_is_refused_where_it_would_matter(change, window):
     else:
         with pytest.raises(NotImplementedError, match="33 tokens exceeds config.sliding_window=32"):
             llama.rope_table(config, 33)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "error", "message"),
+    [
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "max_window_layers": 0},
+            ValueError,
+            "no 'sliding_window', which its 2 sliding layers need",
+        ),
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": None},
+            ValueError,
+            "config.json has no 'max_window_layers'",
+        ),
+        (
+            "Qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            ValueError,
+            "no 'sliding_window', which its 1 sliding layers need",
+        ),
+        (
+            "Qwen3",
+            {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": 32,
+                "use_sliding_window": False,
+            },
+            ValueError,
+            "contradict each other: 1 layers are 'sliding_attention'",
+        ),
+        (
+            "Llama",
+            {"layer_types": ["chunked_attention", "full_attention"]},
+            NotImplementedError,
+            "layer_types 'chunked_attention' are not built",
+        ),
+        ("Llama", {"layer_types": ["full_attention"]}, ValueError, "must have 2 items.* got 1"),
+        ("Llama", {"sliding_window": 32}, ValueError, "does not say which layers slide"),
+        ("Llama", {"use_sliding_window": True}, ValueError, "does not say which layers slide"),
+        (
+            "Mistral",
+            {"sliding_window": 32, "use_sliding_window": False},
+            ValueError,
+            "use_sliding_window=False and max_window_layers=None in config.json contradict",
+        ),
+        (
+            "Mistral",
+            {"sliding_window": 32, "max_window_layers": 1},
+            ValueError,
+            "use_sliding_window=None and max_window_layers=1 in config.json contradict",
+        ),
+        ("Mistral", {"use_sliding_window": True}, ValueError, "its 2 sliding layers need"),
+        ("Mistral", {"sliding_window": 0}, ValueError, "a positive integer; got 0"),
+    ],
+)
+def test_windows_that_the_entries_do_not_settle(architecture, change, error, message):
+    with pytest.raises(error, match=message):
+        llama.LlamaConfig.from_hf({**HF, "architectures": [f"{architecture}ForCausalLM"], **change})
 
 
 def test_context_longer_than_the_model_was_made_for():
@@ -285,7 +612,7 @@ def test_load_errors_about_files(tmp_path):
 
 def test_load_errors_about_weights(tmp_path):
     write(tmp_path, without=("model.norm.weight",))
-    with pytest.raises(ValueError, match="has no tensor 'model.norm.weight'"):
+    with pytest.raises(ValueError, match="lacks tensors: model.norm.weight"):
         llama.load(tmp_path)
     write(tmp_path, change={"model.norm.weight": np.ones(15, np.float32)})
     with pytest.raises(ValueError, match=r"'model.norm.weight' must have shape \[16\].*got \[15\]"):
@@ -297,6 +624,128 @@ def test_load_errors_about_weights(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-5])
     with pytest.raises(ValueError, match="is not a complete safetensors file"):
         llama.load(tmp_path)
+
+
+BIASES = {
+    "q_proj": 16, "k_proj": 8, "v_proj": 8, "o_proj": 16,
+    "gate_proj": 24, "up_proj": 24, "down_proj": 16,
+}  # fmt: skip
+
+
+def biases_of(*projections, layers=2):
+    return {
+        f"model.layers.{i}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}.bias": np.full(
+            BIASES[name], i + 1, np.float32
+        )
+        for name in projections
+        for i in range(layers)
+    }
+
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entries", "held", "used"),
+    [
+        ("Llama", {}, QKV, "qkv"),
+        ("Llama", {}, BIASES, "qkv o mlp"),
+        ("Llama", {"attention_bias": True}, (*QKV, "o_proj"), "qkv o"),
+        ("Llama", {"bias": True}, (*QKV, "o_proj"), "qkv o"),
+        ("Llama", {"mlp_bias": True}, ("gate_proj", "up_proj", "down_proj"), "mlp"),
+        ("Mistral", {"attention_bias": True}, QKV, "qkv"),
+        ("Mistral", {"attention_bias": True}, (*QKV, "o_proj"), "qkv o"),
+        ("Qwen2", {}, QKV, "qkv"),
+        ("Qwen2", {}, (*QKV, "o_proj"), "qkv o"),
+        ("Qwen2", {"attention_bias": False}, (), ""),
+    ],
+)
+def test_biases_of_the_file_are_used(tmp_path, architecture, entries, held, used):
+    raw = {**HF, "architectures": [f"{architecture}ForCausalLM"], **entries}
+    biases = biases_of(*held)
+    asked = jax.tree.leaves(llama.sources(llama.LlamaConfig.from_hf(raw, biases)))
+    assert {name for x in asked for name, _ in x.tensors if name.endswith("bias")} == set(biases)
+    write(tmp_path, config=raw, without=tuple(biases), change=biases)
+    config, params = llama.load(tmp_path)
+    flags = dict(qkv=config.qkv_bias, o=config.o_bias, mlp=config.mlp_bias)
+    assert " ".join(name for name, on in flags.items() if on) == used
+    layer = params.layers[1]
+    for on, linear in (
+        (config.qkv_bias, layer.qkv_proj),
+        (config.o_bias, layer.o_proj),
+        (config.mlp_bias, layer.gate_up_proj),
+        (config.mlp_bias, layer.down_proj),
+    ):
+        assert (linear.bias is not None) == on
+        assert not on or (np.asarray(linear.bias) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("entries", "held", "message"),
+    [
+        ({"attention_bias": True}, QKV, "lacks tensors: model.layers.0.self_attn.o_proj.bias, "),
+        ({"attention_bias": False}, QKV, "does not use: model.layers.0.self_attn.k_proj.bias, .*v"),
+        ({"mlp_bias": False}, ("up_proj",), "does not use: model.layers.0.mlp.up_proj.bias"),
+        ({}, ("q_proj",), "lacks tensors: model.layers.0.self_attn.k_proj.bias, "),
+    ],
+)
+def test_biases_at_odds_with_the_entries(tmp_path, entries, held, message):
+    # The weights without any bias, and beside them those of `held`.
+    write(tmp_path, change=biases_of(*held))
+    (tmp_path / "config.json").write_text(json.dumps({**HF, **entries}))
+    with pytest.raises(ValueError, match=message):
+        llama.load(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        llama.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_tensors_that_the_model_does_not_use_are_named(tmp_path, shards):
+    norms = {
+        f"model.layers.{i}.self_attn.{x}_norm.weight": np.ones(4, np.float32)
+        for i in range(2)
+        for x in "qk"
+    }
+    write(tmp_path, change=norms, shards=shards)
+    with pytest.raises(ValueError, match="does not use: model.layers.0.self_attn.k_norm.weight, "):
+        llama.load(tmp_path)
+    write(tmp_path, config={**HF, "num_hidden_layers": 3}, shards=shards)
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    with pytest.raises(ValueError, match="model.layers.2.input_layernorm.weight, .* and 1 more"):
+        llama.load(tmp_path)
+
+
+def test_tensors_that_the_index_does_not_list_are_named(tmp_path):
+    write(tmp_path, shards=2, change={"model.layers.0.self_attn.sinks": np.ones(4, np.float32)})
+    index = tmp_path / "model.safetensors.index.json"
+    files = json.loads(index.read_text())["weight_map"]
+    del files["model.layers.0.self_attn.sinks"]
+    index.write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(ValueError, match="does not use: model.layers.0.self_attn.sinks"):
+        llama.load(tmp_path)
+
+
+def test_rotary_frequencies_in_the_file_are_skipped(tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    write(tmp_path, change={name: np.ones(2, np.float32)})
+    assert llama.load(tmp_path)[0] == llama.LlamaConfig.from_hf(HF)
+
+
+def test_a_tied_head_must_be_the_embedding(tmp_path):
+    tied = {**HF, "tie_word_embeddings": True}
+    tensors = write(tmp_path, config=tied)
+    embedding = tensors["model.embed_tokens.weight"]
+    write(tmp_path, config=tied, change={"lm_head.weight": embedding})
+    assert llama.load(tmp_path)[1].lm_head is None
+    write(tmp_path, config=tied, change={"lm_head.weight": embedding + 1})
+    with pytest.raises(ValueError, match="which differ: set tie_word_embeddings to false"):
+        llama.load(tmp_path)
+
+
+def test_load_refuses_another_dtype(tmp_path):
+    write(tmp_path)
+    with pytest.raises(TypeError, match="dtype must be one of .*; got int8"):
+        llama.load(tmp_path, np.int8)
 
 
 def test_load_errors_about_shards(tmp_path):

@@ -4,6 +4,7 @@ The tensors lie in `model.safetensors`, or in shards that `model.safetensors.ind
 """
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def read_json(folder: str | Path, name: str) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """A checkpoint's tensors by name, read one at a time: no more than one is in host memory.
+    """A checkpoint's tensors by name, read from the files one at a time.
+
+    Attributes:
+      names: of all tensors, those included that a shard holds and the index does not list.
 
     Raises:
       FileNotFoundError: no weights in the folder, or a shard is missing.
@@ -60,6 +64,8 @@ class Checkpoint:
                     raise FileNotFoundError(
                         f"{path.name}, which {INDEX} lists, is missing in {str(folder)!r}"
                     )
+                with _open(path) as tensors:
+                    self._file_of = dict.fromkeys(tensors.keys(), path) | self._file_of
         elif (self.folder / WEIGHTS).exists():
             path = self.folder / WEIGHTS
             with _open(path) as tensors:
@@ -69,15 +75,17 @@ class Checkpoint:
                 f"neither {WEIGHTS} nor {INDEX} is in {str(folder)!r}: only safetensors are read"
             )
 
+    @property
+    def names(self) -> Set[str]:
+        return self._file_of.keys()
+
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor `name`, float16, bfloat16 or float32.
+        """The tensor `name`, one of `names`: float16, bfloat16 or float32.
 
         Raises:
-          ValueError: no such tensor, or one of another shape.
+          ValueError: the file does not hold it, or with another shape.
           TypeError: a tensor of another dtype.
         """
-        if name not in self._file_of:
-            raise ValueError(f"the checkpoint {str(self.folder)!r} has no tensor {name!r}")
         with _open(self._file_of[name]) as tensors:
             if name not in tensors.keys():
                 file = self._file_of[name].name

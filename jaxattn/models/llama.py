@@ -14,7 +14,8 @@ Axes: t tokens, b requests, h query heads, kh KV heads, d head dim.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,97 +26,19 @@ from jax import Array
 
 from jaxattn.append import rope_append_paged_kv_cache
 from jaxattn.attention import paged_decode, paged_prefill
-from jaxattn.checks import check_heads, check_positive
+from jaxattn.checks import FLOAT_DTYPES, check_positive
 from jaxattn.kv_cache import PagedKVCache, PageTable
 from jaxattn.models.checkpoint import Checkpoint, read_json
+from jaxattn.models.config import LlamaConfig
+from jaxattn.models.config import RopeConfig as RopeConfig
+from jaxattn.models.entries import TOKEN_IDS, Entries, token_ids
 from jaxattn.norm import fused_add_rmsnorm, rmsnorm
 from jaxattn.plan import AttentionPlan
 from jaxattn.rope import precompute_freqs_cis
 
 Caches = tuple[PagedKVCache, ...]
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Arguments of `precompute_freqs_cis`; the last three are set for Llama-3.1 scaling."""
-
-    rope_theta: float = 10000.0
-    rope_scale: float = 1.0
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    old_context_len: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and options of a decoder; hashable, so static under jit."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    rope: RopeConfig = RopeConfig()
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
-    sliding_window: int | None = None  # keys a token may see; contexts beyond it are refused
-    eos_token_ids: tuple[int, ...] = ()
-
-    @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> "LlamaConfig":
-        """The config that a Hugging Face `config.json` describes.
-
-        Raises:
-          ValueError: an unknown architecture, a missing or impossible entry.
-          NotImplementedError: an option that is not built; the message names it.
-        """
-        architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
-        if architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"unknown architecture {architecture!r}; supported: {', '.join(ARCHITECTURES)}"
-            )
-        _refuse(raw, "hidden_act", "silu")
-        _refuse(raw, "quantization_config", None)
-        is_llama, is_qwen2, is_qwen3 = (
-            architecture.startswith(name) for name in ("Llama", "Qwen2", "Qwen3")
-        )
-        attention_bias = (is_llama or is_qwen3) and bool(raw.get("attention_bias"))
-        heads, hidden = _entry(raw, "num_attention_heads"), _entry(raw, "hidden_size")
-        config = cls(
-            vocab_size=_entry(raw, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=_entry(raw, "intermediate_size"),
-            num_layers=_entry(raw, "num_hidden_layers"),
-            num_qo_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            rms_norm_eps=_entry(raw, "rms_norm_eps"),
-            max_position_embeddings=_entry(raw, "max_position_embeddings"),
-            rope=_rope_config(raw),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-            qkv_bias=is_qwen2 or attention_bias,
-            o_bias=attention_bias,
-            mlp_bias=is_llama and bool(raw.get("mlp_bias")),
-            qk_norm=is_qwen3,
-            sliding_window=_sliding_window(architecture, raw),
-            eos_token_ids=_token_ids(raw.get("eos_token_id")),
-        )
-        check_heads(config.num_qo_heads, config.num_kv_heads)
-        return config
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # in a checkpoint
 
 
 class Linear(NamedTuple):
@@ -186,11 +109,56 @@ def sources(config: LlamaConfig) -> Params:
 
     vocab = (config.vocab_size, hidden)
     return Params(
-        embed_tokens=one("model.embed_tokens.weight", *vocab),
+        embed_tokens=one(EMBEDDING, *vocab),
         layers=tuple(layer(i) for i in range(config.num_layers)),
         norm=one("model.norm.weight", hidden),
-        lm_head=None if config.tie_word_embeddings else one("lm_head.weight", *vocab),
+        lm_head=None if config.tie_word_embeddings else one(HEAD, *vocab),
     )
+
+
+def read_config(path: str | Path) -> LlamaConfig:
+    """The config of a Hugging Face checkpoint in a local folder, without its weights.
+
+    Returns:
+      The config that `load` returns.
+
+    Raises:
+      As `load`, for what is wrong with the JSON files or with the names of the tensors.
+    """
+    return _open(path)[0]
+
+
+def _open(path: str | Path) -> tuple[LlamaConfig, Checkpoint]:
+    """A checkpoint and its config, which account for each other's tensors; none is read."""
+    raw = read_json(path, "config.json")
+    checkpoint = Checkpoint(path)
+    config = LlamaConfig.from_hf(raw, checkpoint.names)
+    if (Path(path) / "generation_config.json").exists():
+        generation = Entries(read_json(path, "generation_config.json"), "generation_config.json")
+        eos = token_ids(generation.get("eos_token_id", TOKEN_IDS))
+        config = dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
+    used = {name for source in jax.tree.leaves(sources(config)) for name, _ in source.tensors}
+    missing = sorted(used - checkpoint.names)
+    if missing:
+        raise ValueError(f"the checkpoint {str(path)!r} lacks tensors: {_listed(missing)}")
+    unused = sorted(
+        name
+        for name in checkpoint.names - used
+        # The rotary frequencies follow from the config; whether a tied head is one, `load` sees.
+        if not name.endswith("rotary_emb.inv_freq")
+        if not (config.tie_word_embeddings and name == HEAD)
+    )
+    if unused:
+        raise ValueError(
+            f"the checkpoint {str(path)!r} holds tensors that the model of its config.json does "
+            f"not use: {_listed(unused)}. A model without them gives other tokens"
+        )
+    return config, checkpoint
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def load(
@@ -200,6 +168,9 @@ def load(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LlamaConfig, Params]:
     """Reads a Hugging Face checkpoint (config.json and safetensors) onto JAX's default device.
+
+    Every tensor of the checkpoint is used, or known to change nothing: the rotary frequencies, and a head that is tied
+    to the embedding and equal to it.
 
     Args:
       path: a local folder.
@@ -212,18 +183,24 @@ def load(
 
     Raises:
       FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
-      ValueError: an unknown architecture; a missing tensor, or one whose shape is not
-        config.json's; a broken file.
-      TypeError: a tensor that is not float16, bfloat16 or float32.
-      NotImplementedError: an option that is not built; the message names it.
+      ValueError: an unknown architecture; a missing tensor, one whose shape is not config.json's, or one that the
+        model does not have; a config.json that is incomplete or at odds with itself; a broken file.
+      TypeError: a tensor, or dtype, that is not float16, bfloat16 or float32.
+      NotImplementedError: an entry of config.json that is not understood; the message names it.
       ImportError: safetensors is not installed.
     """
-    config = LlamaConfig.from_hf(read_json(path, "config.json"))
-    if (Path(path) / "generation_config.json").exists():
-        eos = read_json(path, "generation_config.json").get("eos_token_id")
-        if eos is not None:
-            config = dataclasses.replace(config, eos_token_ids=_token_ids(eos))
-    checkpoint = Checkpoint(path)
+    if dtype is not None and jnp.dtype(dtype).name not in FLOAT_DTYPES:
+        raise TypeError(
+            f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {jnp.dtype(dtype).name}"
+        )
+    config, checkpoint = _open(path)
+    if config.tie_word_embeddings and HEAD in checkpoint.names:
+        shape = (config.vocab_size, config.hidden_size)
+        if not np.array_equal(checkpoint.read(HEAD, shape), checkpoint.read(EMBEDDING, shape)):
+            raise ValueError(
+                f"config.json in {str(path)!r} ties {HEAD!r} to {EMBEDDING!r}, and the checkpoint "
+                "holds both, which differ: set tie_word_embeddings to false to use both"
+            )
     wanted, tree = jax.tree.flatten(sources(config))
     weights: list[Array] = []
     for source in wanted:
@@ -246,8 +223,13 @@ def empty_caches(
     )
 
 
-def rope_table(config: LlamaConfig, max_context: int) -> Array:
-    """The cos/sin table float32 [max_context, d] for positions 0 .. max_context - 1.
+def longest_context(config: LlamaConfig) -> int:
+    """The longest context, in tokens, that `check_context` accepts."""
+    return min(config.max_position_embeddings, config.sliding_window or sys.maxsize)
+
+
+def check_context(config: LlamaConfig, max_context: int) -> None:
+    """Raises unless the model can serve requests of up to `max_context` tokens.
 
     Raises:
       ValueError: the model was not made for so long a context.
@@ -264,6 +246,15 @@ def rope_table(config: LlamaConfig, max_context: int) -> Array:
             f"sliding-window attention is not built: a context of {max_context} tokens exceeds "
             f"{config.sliding_window=}"
         )
+
+
+def rope_table(config: LlamaConfig, max_context: int) -> Array:
+    """The cos/sin table float32 [max_context, d] for positions 0 .. max_context - 1.
+
+    Raises:
+      ValueError, NotImplementedError: as `check_context`.
+    """
+    check_context(config, max_context)
     return precompute_freqs_cis(config.head_dim, max_context, **dataclasses.asdict(config.rope))
 
 
@@ -410,57 +401,3 @@ def _matmul(x: Array, weight: Array, dtype: jax.typing.DTypeLike) -> Array:
         precision="highest" if x.dtype == jnp.float32 else None,
         preferred_element_type=dtype,
     )
-
-
-def _entry(raw: Mapping[str, Any], name: str) -> Any:
-    if raw.get(name) is None:
-        raise ValueError(f"config.json has no {name!r}")
-    return raw[name]
-
-
-def _refuse(raw: Mapping[str, Any], name: str, supported: Any) -> None:
-    came = raw.get(name, supported)
-    if came != supported:
-        raise NotImplementedError(f"{name}={came!r} is not built; supported: {supported!r}")
-
-
-def _rope_config(raw: Mapping[str, Any]) -> RopeConfig:
-    """From `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before)."""
-    rope = {**raw, **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta") or 10000.0
-    _refuse(rope, "partial_rotary_factor", 1.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, _entry(rope, "factor"))
-    if kind == "llama3":
-        return RopeConfig(
-            theta,
-            _entry(rope, "factor"),
-            _entry(rope, "low_freq_factor"),
-            _entry(rope, "high_freq_factor"),
-            _entry(rope, "original_max_position_embeddings"),
-        )
-    raise NotImplementedError(
-        f"rope_type={kind!r} is not built; supported: 'default', 'linear', 'llama3'"
-    )
-
-
-def _sliding_window(architecture: str, raw: Mapping[str, Any]) -> int | None:
-    """The window, if a layer has one: Mistral's do, Qwen's where its options say so."""
-    if architecture.startswith("Llama"):
-        return None
-    if architecture.startswith("Qwen"):
-        layers = raw.get("num_hidden_layers", 0)
-        kinds = raw.get("layer_types")
-        windowed = raw.get("max_window_layers", 0) < layers
-        if kinds is not None:
-            windowed = "sliding_attention" in kinds
-        if not (raw.get("use_sliding_window") and windowed):
-            return None
-    return raw.get("sliding_window")
-
-
-def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)

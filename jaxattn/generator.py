@@ -1,0 +1,263 @@
+"""The host's side of generation: lays out pages, drives the steps, collects tokens, keeps the cache.
+
+A `Generator` gives each request its pages for good, in a block table, runs `prefill_step` over the prompts and then
+`decode_steps` until every request is done. Shapes come from rounded sizes, so that calls of like size share programs.
+
+Axes: b requests, w pages of a block-table row.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattn.call import Call, Sizes, check_call, pages_needed
+from jaxattn.models import llama
+from jaxattn.steps import Requests, State, decode_steps, prefill_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: the new tokens of each request; one that ended by an EOS token ends with it.
+      prompt_tokens: tokens of all prompts.
+      compile_s: seconds of compilation; not in the next two.
+      prefill_s: seconds from the first chunk until every prompt had its first new token.
+      decode_s: seconds for all further tokens.
+    """
+
+    tokens: list[list[int]]
+    prompt_tokens: int
+    compile_s: float
+    prefill_s: float
+    decode_s: float
+
+    def summary(self) -> str:
+        """Tokens per second, in a line."""
+        # Prefill gives each request its first new token.
+        decoded = sum(map(len, self.tokens)) - len(self.tokens)
+        return (
+            f"prefill {_rate(self.prompt_tokens, self.prefill_s)}, "
+            f"decode {_rate(decoded, self.decode_s)}, "
+            f"after {self.compile_s:.1f} s of compilation"
+        )
+
+
+class Generator:
+    """Continues prompts with one model, call after call.
+
+    Keeps what calls share: the KV cache and the rope table. It holds, from its first call on,
+
+        2 * num_layers * num_pages * page_size * num_kv_heads * head_dim * bytes of a weight
+
+    of device memory beside the weights. A call that needs more pages than there are replaces the cache, and one that
+    fails frees it; neither ever holds two. With `num_pages` and `max_context` given, nothing grows.
+
+    Compiled programs are kept by the process, the 32 used last, for every Generator of a like model. Calls share one if
+    their sizes round to the same and their sampling is the same: other lengths and tokens do not compile again.
+
+    Args:
+      params, config: from `llama.load`; the cache gets the weights' dtype.
+      sizes: of pages, cache and chunks.
+      backend: "triton", "xla", "interpret" or None, for every op.
+
+    Raises:
+      ValueError, NotImplementedError: the model cannot serve `sizes.max_context`.
+    """
+
+    def __init__(
+        self,
+        params: llama.Params,
+        config: llama.LlamaConfig,
+        sizes: Sizes | None = None,
+        *,
+        backend: str | None = None,
+    ):
+        self.params, self.config, self.backend = params, config, backend
+        self.sizes = sizes or Sizes()
+        if self.sizes.max_context:
+            llama.check_context(config, self.sizes.max_context)
+        self._caches: llama.Caches | None = None
+        self._cos_sin_cache: jax.Array | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | np.ndarray,
+        *,
+        max_new_tokens: int | Sequence[int],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_ids: int | Sequence[int] | None = None,
+        stream: Callable[[int, list[int]], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Generation:
+        """Continues prompts, all in one batch. One call at a time uses the cache; another beside it makes its own.
+
+        Args and raises: as `jaxattn.generate.generate`.
+        """
+        call = check_call(
+            self.config,
+            self.sizes,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            eos_token_ids=eos_token_ids,
+        )
+        batch = round_up(len(call.prompts))
+        caches = self._take_caches(call)
+        requests = self._requests(call, batch, caches[0].num_pages)
+        state = State(
+            caches=caches,
+            kv_len=jnp.zeros(batch, jnp.int32),
+            token=jnp.zeros(batch, jnp.int32),
+            generated=jnp.zeros(batch, jnp.int32),
+            done=jnp.arange(batch, dtype=jnp.int32) >= len(call.prompts),
+        )
+
+        # Prompts end to end, cut into chunks; short ones do not pay for a long chunk.
+        total = sum(map(len, call.prompts))
+        chunk = min(self.sizes.prefill_chunk, round_up(total))
+        laid_out = np.zeros(-(-total // chunk) * chunk, np.int32)
+        laid_out[:total] = np.concatenate(call.prompts)
+        outputs: list[list[int]] = [[] for _ in call.prompts]
+
+        try:
+            started = time.perf_counter()
+            options: dict[str, Any] = dict(
+                config=self.config, sampling=call.sampling, backend=self.backend
+            )
+            first = (self.params, state, requests, jnp.zeros(chunk, jnp.int32), jnp.int32(0))
+            run_prefill = _compile(prefill_step, *first, **options)
+            num_steps = self.sizes.stream_every
+            run_decode = _compile(decode_steps, *first[:3], num_steps=num_steps, **options)
+            del first, caches  # donated from here on
+            compiled = time.perf_counter()
+
+            for begin in range(0, total, chunk):
+                tokens = jnp.asarray(laid_out[begin : begin + chunk])
+                state = run_prefill(self.params, state, requests, tokens, jnp.int32(begin))
+                if progress:
+                    state.token.block_until_ready()
+                    progress(min(begin + chunk, total), total)
+            _collect(outputs, np.asarray(state.token)[None, :], stream)
+            prefilled = time.perf_counter()
+
+            while not np.asarray(state.done).all():
+                state, tokens = run_decode(self.params, state, requests)
+                _collect(outputs, np.asarray(tokens), stream)
+            decoded = time.perf_counter()
+        except BaseException:
+            # The traceback keeps this frame alive, and must not keep a cache.
+            for array in jax.tree.leaves(state.caches):
+                array.delete()
+            raise
+        self._caches = state.caches
+        return Generation(
+            outputs, total, compiled - started, prefilled - compiled, decoded - prefilled
+        )
+
+    def _take_caches(self, call: Call) -> llama.Caches:
+        """The caches kept from the last call if they have the pages that this one needs, else new ones."""
+        caches, self._caches = self._caches, None
+        needed = pages_needed(call.lengths, self.sizes.page_size)
+        if caches is not None and caches[0].num_pages >= needed:
+            return caches
+        caches = None  # freed before others are made
+        return llama.empty_caches(
+            self.config,
+            self.sizes.num_pages or round_up(needed),
+            self.sizes.page_size,
+            self.params.embed_tokens.dtype,
+        )
+
+    def _requests(self, call: Call, batch: int, num_pages: int) -> Requests:
+        """What a call's requests are to the device, filled up to `batch` with requests of no tokens."""
+        longest = max(call.lengths)
+        if self._cos_sin_cache is None or self._cos_sin_cache.shape[0] < longest:
+            rounded = min(round_up(longest), llama.longest_context(self.config))
+            self._cos_sin_cache = llama.rope_table(self.config, self.sizes.max_context or rounded)
+        max_context = self._cos_sin_cache.shape[0]
+        more = batch - len(call.prompts)
+        page_size = self.sizes.page_size
+        block_table = allocate_pages(
+            [*call.lengths, *[0] * more],
+            page_size,
+            num_pages,
+            max_pages=-(-max_context // page_size),
+            seed=call.seed,
+        )
+        eos = np.full(round_up(max(1, call.eos.size)), -1, np.int32)
+        eos[: call.eos.size] = call.eos
+        # A request's draws depend on the seed and on its place, not on how many there are.
+        places = jnp.arange(batch, dtype=jnp.int32)
+        return Requests(
+            block_table=jnp.asarray(block_table),
+            prompt_len=jnp.asarray([*map(len, call.prompts), *[0] * more], jnp.int32),
+            limit=jnp.asarray([*call.limits, *[0] * more], jnp.int32),
+            eos=jnp.asarray(eos),
+            key=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(call.seed), places),
+            cos_sin_cache=self._cos_sin_cache,
+        )
+
+
+def round_up(size: int) -> int:
+    """The least of 1, 2, 4 .. 64, 80, 96, 112, 128, 160, 192 .. that is at least `size`: sizes that repeat.
+
+    What has such a size wastes at most a quarter, and up to 64 what is small anyway.
+    """
+    bits = (size - 1).bit_length()
+    step = 1 << (bits if size <= 64 else bits - 3)
+    return -(-size // step) * step
+
+
+def allocate_pages(
+    lengths: Sequence[int], page_size: int, num_pages: int, *, max_pages: int, seed: int = 0
+) -> np.ndarray:
+    """Pages for requests of up to `lengths` tokens, some of `num_pages` in permuted order.
+
+    Returns:
+      A block table int32 [b, max_pages] whose unused entries are -1.
+    """
+    counts = [-(-length // page_size) for length in lengths]
+    pages = np.random.default_rng(seed).permutation(num_pages)
+    table = np.full((len(counts), max_pages), -1, np.int32)
+    for row, count, end in zip(table, counts, np.cumsum(counts), strict=True):
+        row[:count] = pages[end - count : end]
+    return table
+
+
+def _collect(
+    outputs: list[list[int]], tokens: np.ndarray, stream: Callable[[int, list[int]], None] | None
+) -> None:
+    """Appends tokens [steps, b], -1 for none, to each request's; b may be more requests than there are."""
+    for request, column in enumerate(tokens.T[: len(outputs)]):
+        new = column[column >= 0].tolist()
+        outputs[request].extend(new)
+        if stream and new:
+            stream(request, new)
+
+
+def _compile(function: Any, *args: Any, **static: Any) -> Callable[..., Any]:
+    """A jit-compiled function for arguments like these, compiled now so that calls can be timed."""
+    leaves, tree = jax.tree.flatten(args)
+    like = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves)
+    return _compile_for(function, tree, tuple(like), tuple(static.items()))
+
+
+@functools.lru_cache(maxsize=32)
+def _compile_for(function: Any, tree: Any, leaves: tuple, static: tuple) -> Callable[..., Any]:
+    return function.lower(*jax.tree.unflatten(tree, leaves), **dict(static)).compile()
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens at {tokens / seconds:.1f} tokens/s" if tokens else "0 tokens"
