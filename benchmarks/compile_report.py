@@ -253,28 +253,55 @@ def _struct(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _paged_kv(batch: int, kv_len: int, page_size: int, num_kv_heads: int, d: int, dtype: Any):
+def _paged_kv(
+    batch: int,
+    kv_len: int,
+    page_size: int,
+    num_kv_heads: int,
+    d: int,
+    dtype: Any,
+    dv: int | None = None,
+):
     """A cache with just the pages that `batch` requests of `kv_len` tokens need, and its table."""
     pages = batch * -(-kv_len // page_size)
     return jax.eval_shape(
         lambda: (
-            ja.PagedKVCache.zeros(pages, page_size, num_kv_heads, d, dtype),
+            ja.PagedKVCache.zeros(pages, page_size, num_kv_heads, d, dtype, head_dim_v=dv),
             ja.PageTable(
                 jnp.zeros(batch + 1, jnp.int32),
                 jnp.zeros(pages, jnp.int32),
                 jnp.zeros(batch, jnp.int32),
+                page_size,
             ),
         )
     )
 
 
-def _decode(heads: int, kv_heads: int, d: int, page_size: int, dtype: Any = jnp.bfloat16):
-    def step(q, cache, table):
-        plan = ja.plan_decode(table, page_size=page_size, num_qo_heads=heads, num_kv_heads=kv_heads)
-        return ja.paged_decode(q, cache, plan)
+def _operands(heads: int, sinks: bool, alibi: bool) -> dict[str, Any]:
+    names = ["sinks"] * sinks + ["alibi_slopes"] * alibi
+    return {name: _struct(heads, dtype=jnp.float32) for name in names}
 
-    cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, dtype)
-    return step, (_struct(64, heads, d, dtype=dtype), cache, table)
+
+def _decode(
+    heads: int,
+    kv_heads: int,
+    d: int,
+    page_size: int,
+    dtype: Any = jnp.bfloat16,
+    *,
+    dv: int | None = None,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: bool = False,
+    alibi: bool = False,
+):
+    def step(q, cache, table, operands):
+        plan = ja.plan_decode(table, num_qo_heads=heads, num_kv_heads=kv_heads, window_left=window)
+        return ja.paged_decode(q, cache, plan, logits_soft_cap=cap, **operands)
+
+    cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, dtype, dv)
+    q = _struct(64, heads, d, dtype=dtype)
+    return step, (q, cache, table, _operands(heads, sinks, alibi))
 
 
 def _prefill(
@@ -286,20 +313,42 @@ def _prefill(
     *,
     batch: int = 4,
     new: int = 4096,
+    dv: int | None = None,
+    causal: bool | None = None,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: bool = False,
+    alibi: bool = False,
+    mask: bool = False,
+    spans: bool = False,
 ):
-    def step(q, cache, table, qo_indptr):
+    tokens = batch * new
+
+    def step(q, cache, table, qo_indptr, operands, mask, spans):
         plan = ja.plan_prefill(
             qo_indptr,
             table,
-            page_size=page_size,
-            num_qo_tokens=q.shape[0],
+            num_qo_tokens=tokens,
             num_qo_heads=heads,
             num_kv_heads=kv_heads,
+            causal=causal,
+            window_left=window,
+            mask=mask,
+            bidirectional_spans=spans,
         )
-        return ja.paged_prefill(q, cache, plan)
+        return ja.paged_prefill(q, cache, plan, logits_soft_cap=cap, **operands)
 
-    cache, table = _paged_kv(batch, 4096, page_size, kv_heads, d, dtype)
-    return step, (_struct(batch * new, heads, d, dtype=dtype), cache, table, _struct(batch + 1))
+    cache, table = _paged_kv(batch, 4096, page_size, kv_heads, d, dtype, dv)
+    bits = ja.MaskBits(_struct(tokens * 512, dtype=jnp.uint8), _struct(batch + 1))
+    return step, (
+        _struct(tokens, heads, d, dtype=dtype),
+        cache,
+        table,
+        _struct(batch + 1),
+        _operands(heads, sinks, alibi),
+        bits if mask else None,
+        _struct(tokens, 2) if spans else None,
+    )
 
 
 def _ragged_prefill(heads: int, kv_heads: int, d: int, dtype: Any = jnp.bfloat16):
@@ -415,6 +464,34 @@ CASES = (
     _case("ragged bf16 32/8 d128", _ragged_prefill, 32, 8, 128, hot=True),
     _case("ragged fp16 32/8 d128", _ragged_prefill, 32, 8, 128, jnp.float16),
     _case("ragged bf16 32/32 d64", _ragged_prefill, 32, 32, 64),
+    # gpt-oss; Gemma 3 27B, local layers; Gemma 2 9B, local and global ones.
+    _case(
+        "decode gpt-oss 64/8 d64 w128 sinks",
+        _decode,
+        64,
+        8,
+        64,
+        16,
+        window=127,
+        sinks=True,
+        hot=True,
+    ),
+    _case("decode gemma3 32/16 d128 w1024", _decode, 32, 16, 128, 16, window=1023, hot=True),
+    _case("decode gemma2 16/8 d256 cap", _decode, 16, 8, 256, 16, cap=50.0, hot=True),
+    _case("decode bf16 32/8 d128 p16 alibi", _decode, 32, 8, 128, 16, alibi=True),
+    _case("decode bf16 16/16 d192 v128", _decode, 16, 16, 192, 16, dv=128),
+    _case("decode bf16 16/1 d512 v256", _decode, 16, 1, 512, 16, dv=256),
+    _case("prefill gpt-oss 64/8 d64 w128 sinks", _prefill, 64, 8, 64, 16, window=127, sinks=True),
+    _case("prefill gpt-oss 64/8 d64 sinks", _prefill, 64, 8, 64, 16, sinks=True),
+    _case("prefill gemma3 32/16 d128 w1024", _prefill, 32, 16, 128, 16, window=1023),
+    _case("prefill gemma2 16/8 d256 cap", _prefill, 16, 8, 256, 16, cap=50.0),
+    _case("prefill bf16 32/8 d128 p16 no mask", _prefill, 32, 8, 128, 16, causal=False),
+    _case("prefill bf16 32/8 d128 p16 cap", _prefill, 32, 8, 128, 16, cap=50.0),
+    _case("prefill bf16 32/8 d128 p16 alibi", _prefill, 32, 8, 128, 16, alibi=True),
+    _case("prefill bf16 32/8 d128 p16 mask bits", _prefill, 32, 8, 128, 16, mask=True),
+    _case("prefill bf16 32/8 d128 p16 spans", _prefill, 32, 8, 128, 16, spans=True),
+    _case("prefill bf16 16/16 d192 v128", _prefill, 16, 16, 192, 16, dv=128),
+    _case("prefill bf16 16/1 d512 v256", _prefill, 16, 1, 512, 16, dv=256),
     _case("merge_state bf16 d128", _merge_state, 128, hot=True),
     _case("merge_states bf16 d128", _merge_states, 128, hot=True),
     _case("rmsnorm bf16 111", _rmsnorm, 111),

@@ -31,6 +31,7 @@ from benchmarks.inputs import (
 )
 from jaxattn import reference
 from jaxattn.models import llama
+from jaxattn.spec import Score
 from jaxattn.work_list import WorkItem
 
 ROWS = 16
@@ -183,9 +184,10 @@ def _replay(
 
 def _is_sound(case: Plan, pages: Pages, outputs: Sequence[Array]) -> bool:
     """Whether a plan's items meet every key of every request exactly once, on its pages, and can be merged."""
-    page_ids, page_start, kv_len, rows = map(np.asarray, outputs)
+    page_ids, page_start, kv_len, max_page, rows = map(np.asarray, outputs)
     sound = np.array_equal(page_ids, pages.indices) and np.array_equal(kv_len, case.kv_lens)
     sound &= np.array_equal(page_start, pages.indptr[:-1])
+    sound &= max_page == pages.indices.max()
 
     group = case.num_qo_heads // case.num_kv_heads
     keys, start = (np.repeat(a, group) for a in (case.kv_lens, pages.indptr[:-1]))
@@ -248,7 +250,7 @@ def _attend(q: Array, k_pages: Array, v_pages: Array, page_ids: Array, last_key:
     k, v = (pages[page_ids].reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages))
     mask = jnp.arange(k.shape[0], dtype=jnp.int32)[None, :] <= last_key[:, None]
     scale = 1 / math.sqrt(q.shape[-1])
-    return reference.attention(q.astype(jnp.float32), k, v, mask, scale)[0]
+    return reference.attention(q.astype(jnp.float32), k, v, mask, Score(scale).logit)[0]
 
 
 def _error(outputs: Sequence[Array], expected: Sequence[Array]) -> float:

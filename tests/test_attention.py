@@ -588,5 +588,8 @@ def test_the_reference_takes_long_batches_in_blocks(monkeypatch):
     check = functools.partial(
         check_prefill, paged, [20, 17, 0, 9], jnp.bfloat16, group=2, causal=True
     )
-    monkeypatch.setattr(ja.reference, "MAX_SCORES", 16 * 1024)
+    monkeypatch.setattr(ja.reference, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(ja.reference, "KEY_BLOCK", 16)
+    check(backend="xla")
+    monkeypatch.setattr(ja.reference, "MAX_PIECES", 2)
     check(backend="xla")

@@ -80,7 +80,9 @@ def test_prefill_and_decode_step_want_their_own_plan():
     prefill_plan = ja.plan_prefill(jnp.arange(2, dtype=jnp.int32), table, num_qo_tokens=1, **heads)
     prefill = decode._replace(plan=prefill_plan)
     cos_sin_cache = llama.rope_table(CONFIG, 4)
-    with pytest.raises(TypeError, match="prefill needs a plan from plan_prefill; got one of plan_decode"):
+    with pytest.raises(
+        TypeError, match="prefill needs a plan from plan_prefill; got one of plan_decode"
+    ):
         llama.prefill(params, CONFIG, decode, caches, cos_sin_cache)
     with pytest.raises(TypeError, match="decode_step needs a plan from plan_decode; got Prefill"):
         llama.decode_step(params, CONFIG, prefill, caches, cos_sin_cache)

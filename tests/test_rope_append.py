@@ -111,7 +111,9 @@ def test_rope_append(shape, backend):
 @pytest.mark.parametrize("config", [(4, 1, 2), (2, 2, 4), (1, 4, 4)])
 def test_any_share_of_tokens_and_heads(config, monkeypatch):
     jax.clear_caches()  # of programs of the same shape in other tiles
-    monkeypatch.setattr("jaxattn.kernels.triton.rope_append.default_config", lambda *_: Config(*config))
+    monkeypatch.setattr(
+        "jaxattn.kernels.triton.rope_append.default_config", lambda *_: Config(*config)
+    )
     check(make_case(heads=5, kv_heads=3, d=80, rotary_dim=64), "interpret")
 
 

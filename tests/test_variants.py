@@ -1,5 +1,7 @@
 """Windows, caps, sinks, ALiBi, score mods, masks and spans, alone and together, against a dense float64 computation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,19 +66,23 @@ def check(
     masks = masks_of(variant, qo_lens, kv_lens) if variant.mask else [None] * len(qo_lens)
     spans = spans_of(qo_lens, kv_lens) if variant.spans else None
     sees, truths, plains = [], [], []
+    apart = dataclasses.replace(variant, mask=None)  # blocks of a mask are read whole
     for r, (t, s) in enumerate(zip(qo_lens, kv_lens, strict=True)):
         begin, end = qo_indptr[r : r + 2]
         own = None if spans is None else spans[begin:end]
-        # A decode's query sees all keys, whatever is behind it: there is none.
-        sees.append(seen(variant, t, s, masks[r], own))
-        one = (q[begin:end], paged.k[r], paged.v[r], sees[-1])
+        sees.append(seen(apart, t, s, None, own))
+        one = (q[begin:end], paged.k[r], paged.v[r], seen(variant, t, s, masks[r], own))
         truths.append(attend(variant, *one, sm_scale=d**-0.5))
         plains.append(
             attend(variant, *one, sm_scale=d**-0.5, dtype=dtype, score_dtype=jnp.float32)[0]
         )
-    cache, table = hidden(paged, sees, page_size) if hide and op != "ragged" else (
-        paged.cache,
-        paged.table,
+    cache, table = (
+        hidden(paged, sees, page_size)
+        if hide and op != "ragged"
+        else (
+            paged.cache,
+            paged.table,
+        )
     )
     how = options(variant, h) | dict(backend=backend, return_lse=True, out_dtype=out_dtype)
     heads = dict(num_qo_heads=h, num_kv_heads=kh, num_sms=num_sms) | (splits or {})
@@ -123,28 +129,20 @@ def check(
 
 
 def hidden(paged, sees, page_size):
-    """The cache with NaN in every page that no query of its request sees, and a table that no longer names them."""
+    """The cache with NaN in every page behind the windows, and a table that no longer names them."""
     indices = np.asarray(paged.table.indices).copy()
     indptr = np.asarray(paged.table.indptr)
     arrays = [np.array(x.astype(jnp.float32)) for x in paged.cache.arrays]
     for r, see in enumerate(sees):
         used = np.flatnonzero(see.any(axis=0))
-        keep = set((used // page_size).tolist())
-        # Blocks of a mask are read whole; only windows free pages.
-        first = min(keep, default=0)
-        for page in range(indptr[r + 1] - indptr[r]):
-            if page < first:
-                at = indptr[r] + page
-                for x in arrays:
-                    x[indices[at]] = np.nan
-                indices[at] = [-1, 10**6, indices[0]][page % 3]
+        for page in range(min(used, default=0) // page_size):
+            at = indptr[r] + page
+            for x in arrays:
+                x[indices[at]] = np.nan
+            indices[at] = [-1, 10**6, indices[0]][page % 3]
     data = [jnp.asarray(x).astype(paged.cache.dtype) for x in arrays]
-    cache = ja.PagedKVCache(
-        data[0] if paged.cache.combined else tuple(data), paged.cache.layout
-    )
-    table = ja.PageTable(
-        paged.table.indptr, i32(indices), paged.table.last_page_len, page_size
-    )
+    cache = ja.PagedKVCache(data[0] if paged.cache.combined else tuple(data), paged.cache.layout)
+    table = ja.PageTable(paged.table.indptr, i32(indices), paged.table.last_page_len, page_size)
     return cache, table
 
 
@@ -228,9 +226,7 @@ def run_pair(case, backend, lens=LENS, qo_lens=QO_LENS):
         spans=see == "spans",
     )
     same = {x: case[x] for x in ("op", "page_size", "group", "dtype", "head_dim")}
-    check(
-        variant, qo_lens, lens, backend=backend, layout=layout, splits=splits, num_sms=16, **same
-    )
+    check(variant, qo_lens, lens, backend=backend, layout=layout, splits=splits, num_sms=16, **same)
 
 
 @pytest.mark.slow
@@ -295,7 +291,9 @@ def test_packbits(bitorder):
     np.testing.assert_array_equal(packed, np.cumsum([0, *map(len, want)]))
     np.testing.assert_array_equal(bits[: packed[-1]], np.concatenate(want))
     assert not np.asarray(bits[packed[-1] :]).any()
-    np.testing.assert_array_equal(ja.packbits(jnp.asarray(x), bitorder), np.packbits(x, bitorder=bitorder))
+    np.testing.assert_array_equal(
+        ja.packbits(jnp.asarray(x), bitorder), np.packbits(x, bitorder=bitorder)
+    )
 
 
 def test_a_score_mod_is_the_library_s_own():

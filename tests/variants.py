@@ -156,9 +156,7 @@ def pairwise(**axes):
         a, x, b, y = min(wanted)
         for _ in range(60):
             case = {name: int(rng.integers(len(axes[name]))) for name in names} | {a: x, b: y}
-            pairs = {
-                (m, case[m], n, case[n]) for m, n in itertools.combinations(names, 2)
-            } & wanted
+            pairs = {(m, case[m], n, case[n]) for m, n in itertools.combinations(names, 2)} & wanted
             if len(pairs) > gain:
                 best, gain = case, len(pairs)
         wanted -= {(m, best[m], n, best[n]) for m, n in itertools.combinations(names, 2)}

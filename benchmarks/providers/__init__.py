@@ -5,7 +5,7 @@
     probe() -> Call   # only where JAX does not launch its kernels: a small one, for choosing a timer that sees them
 
 It may fail to import: then it is not installed here and has no rows. Outputs of a Call: attention (o,), decode_step
-the o of every layer, decode_loop (tokens, k and v appended in a few layers), plan_decode the arrays of a DecodePlan,
+the o of every layer, decode_loop (tokens, k and v appended in a few layers), plan_decode its arrays,
 append (k pages, v pages), merge_states (v, lse), rmsnorm (y,), fused_add_rmsnorm (y, sum), rope (query, key),
 rope_append (k pages, v pages, query).
 """

@@ -42,8 +42,14 @@ def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool 
         case Plan():
             shape: dict[str, Any] = dict(page_size=case.page_size)
             shape |= dict(num_qo_heads=case.num_qo_heads, num_kv_heads=case.num_kv_heads)
-            plan = jax.jit(functools.partial(ja.plan_decode, **shape))
-            return Call(lambda: jax.tree.leaves(plan(x.table)))
+
+            def plan_arrays(table):
+                plan = ja.plan_decode(table, **shape)
+                pages = (plan.page_indices, plan.page_start, plan.kv_len, plan.max_page)
+                return *pages, plan.items
+
+            plan_arrays = jax.jit(plan_arrays)
+            return Call(lambda: plan_arrays(x.table))
         case Append():
 
             def append(k, v, key, value, batch_indices, positions, table):
