@@ -5,6 +5,23 @@ from jaxattn.append import rope_append_paged_kv_cache as rope_append_paged_kv_ca
 from jaxattn.attention import paged_decode as paged_decode
 from jaxattn.attention import paged_prefill as paged_prefill
 from jaxattn.attention import ragged_prefill as ragged_prefill
+from jaxattn.flashinfer import (
+    BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
+)
+from jaxattn.flashinfer import (
+    BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
+)
+from jaxattn.flashinfer import (
+    BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper,
+)
+from jaxattn.flashinfer import (
+    CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+)
+from jaxattn.flashinfer import single_decode_with_kv_cache as single_decode_with_kv_cache
+from jaxattn.flashinfer import single_prefill_with_kv_cache as single_prefill_with_kv_cache
+from jaxattn.flashinfer import (
+    single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
+)
 from jaxattn.kv_cache import PagedKVCache as PagedKVCache
 from jaxattn.kv_cache import PageTable as PageTable
 from jaxattn.kv_cache import get_batch_indices_positions as get_batch_indices_positions
@@ -34,20 +51,3 @@ from jaxattn.rope import (
     apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
 )
 from jaxattn.rope import precompute_freqs_cis as precompute_freqs_cis
-from jaxattn.wrappers import (
-    BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
-)
-from jaxattn.wrappers import (
-    BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
-)
-from jaxattn.wrappers import (
-    BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper,
-)
-from jaxattn.wrappers import (
-    CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
-)
-from jaxattn.wrappers import single_decode_with_kv_cache as single_decode_with_kv_cache
-from jaxattn.wrappers import single_prefill_with_kv_cache as single_prefill_with_kv_cache
-from jaxattn.wrappers import (
-    single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
-)
