@@ -20,7 +20,7 @@ from jaxattn.checks import check_choice, check_float, check_same_dtype, check_sh
 from jaxattn.dispatch import dispatch
 from jaxattn.kernels import merge as kernels
 
-LSE_BASES = ("ln", "log2")
+LSE_BASES = ("log2", "ln")
 
 
 def merge_state(

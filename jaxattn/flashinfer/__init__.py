@@ -1,25 +1,20 @@
-"""FlashInfer's attention classes and functions: same names, arguments, order and defaults.
+"""FlashInfer's names, arguments, order and defaults, for those who port: `import jaxattn.flashinfer as flashinfer`.
 
-For those who port. A wrapper keeps a plan and calls `paged_decode`, `paged_prefill` or
-`ragged_prefill`. It differs from FlashInfer in what JAX arrays are:
+A wrapper keeps a plan and calls `paged_decode`, `paged_prefill` or `ragged_prefill`. It differs from FlashInfer in what
+JAX arrays are:
 
-- Results are returned. `out` and `lse` cannot be written and raise NotImplementedError.
-- `plan` reads no device value. Index arrays may live on the host (numpy, lists) or on the device,
-  int32 either way; those on the host are also checked: indptr's order, enough indices and key rows,
-  and the rows of q.
-- Shapes are compiled. Indices are padded to a power of two, so that growing lengths seldom
-  recompile; with `use_cuda_graph=True` the buffers' lengths are capacities, and `jax.jit` over them
-  stands in for the graph: other lengths, and fewer requests, never recompile the attention.
+- Results are returned. Buffers to write to, such as `out` and `lse`, raise NotImplementedError.
+- `plan` reads no device value. Index arrays may live on the host (NumPy, lists) or on the device, int32 either way.
+  Those on the host are copied, and checked: whatever cannot be a page table raises ValueError.
+- Shapes are compiled. Indices are padded to a power of two, so that growing lengths seldom recompile; with
+  `use_cuda_graph=True` the buffers' lengths are capacities, and `jax.jit` over them stands in for the graph: other
+  lengths, and fewer requests, never recompile the attention.
 
-Accepted for source compatibility, without a meaning under XLA: the workspace (any value, None
-included; XLA allocates scratch memory), the contents of CUDA-graph buffers, `use_tensor_cores`
-(always used), `non_blocking` (nothing blocks), `enable_pdl`, and hints that restate the index
-arrays: `seq_lens`, `seq_lens_q`, `block_tables`, `max_token_per_sequence`, `max_sequence_kv`,
-`uniform_q_len`. `rope_scale` and `rope_theta` only mean something with a `pos_encoding_mode` that
-is not built. One kernel serves all cases: `backend` is "auto" or "fa2". Every other option raises
-NotImplementedError unless it is off.
+What becomes of every other option is said in `options.py` and, by it, in each docstring: an option that is not built
+raises NotImplementedError unless it is off, one without a meaning under XLA is ignored.
 
-lse is in base 2, as FlashInfer's; `lse_base="ln"` gives the natural log of the functional surface.
+lse is in base 2, as FlashInfer's, where it is returned and where it is merged; `lse_base="ln"` asks for the natural log
+of the functional surface.
 """
 
 from jaxattn.flashinfer.cuda_graph_decode import (

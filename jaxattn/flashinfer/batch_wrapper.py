@@ -10,19 +10,12 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxattn.checks import check_heads, check_positive, check_scale, check_shape
+from jaxattn.checks import check_choice, check_heads, check_positive, check_scale, check_shape
+from jaxattn.flashinfer.arguments import check_layout, check_scalar, fold_scales
 from jaxattn.flashinfer.index_arrays import index_array, pad, power_of_two
-from jaxattn.flashinfer.options import (
-    check_backend,
-    check_layout,
-    check_lse_base,
-    check_scalar,
-    fold_scales,
-    refuse,
-    refuse_outputs,
-)
 from jaxattn.flashinfer.programs import Plan, attend
 from jaxattn.kv_cache import PageTable
+from jaxattn.merge import LSE_BASES
 
 
 @dataclasses.dataclass
@@ -55,10 +48,8 @@ class BatchWrapper:
     _max_rows: int | None = None  # what q is padded to
     _planned: Planned | None = None
 
-    def __init__(self, kv_layout: str, backend: str, **refused: Any):
+    def __init__(self, kv_layout: str):
         check_layout(kv_layout)
-        check_backend(backend)
-        refuse(**refused)
         self._kv_layout = kv_layout
 
     @property
@@ -159,24 +150,14 @@ class BatchWrapper:
         op: Callable[..., Any],
         q: Array,
         kv: Any,
-        args: tuple[Any, ...],
         *,
         q_scale: float | None,
         k_scale: float | None,
         v_scale: ArrayLike | None,
         return_lse: bool,
         lse_base: str,
-        out: Any,
-        lse: Any,
-        **refused: Any,
     ) -> Any:
-        refuse_outputs(out=out, lse=lse)
-        if args:
-            raise NotImplementedError(
-                "positional arguments after the keys are for custom kernels, which are not built; "
-                f"got {len(args)}"
-            )
-        refuse(**refused)
+        check_choice("lse_base", lse_base, LSE_BASES)
         planned = self._planned
         if planned is None:
             raise RuntimeError(f"{type(self).__name__}.run needs a plan: call plan(...) first")
@@ -208,6 +189,6 @@ class BatchWrapper:
             check_scalar("v_scale", v_scale),
             kv_layout=self._kv_layout,
             sm_scale=fold_scales(planned.sm_scale, q_scale=q_scale, k_scale=k_scale),
-            lse_base=check_lse_base(lse_base) if return_lse else None,
+            lse_base=lse_base if return_lse else None,
         )
         return result if rows == capacity else jax.tree.map(lambda x: x[:rows], result)

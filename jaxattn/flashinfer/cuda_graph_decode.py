@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 
 from jaxattn.checks import check_positive
 from jaxattn.flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
+from jaxattn.flashinfer.options import flashinfer_options
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
@@ -26,6 +27,7 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
       ValueError: neither all three buffers nor both numbers, or buffers that do not fit each other.
     """
 
+    @flashinfer_options()
     def __init__(
         self,
         workspace_buffer: Any,
@@ -42,11 +44,11 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
         given = sum(buffer is not None for buffer in buffers)
         if max_batch_size is not None and max_num_pages is not None and not given:
             check_positive(max_batch_size=max_batch_size, max_num_pages=max_num_pages)
-            super().__init__(workspace_buffer, kv_layout, use_tensor_cores=use_tensor_cores)
+            super().__init__(None, kv_layout)
             self._max_batch_size = self._max_rows = max_batch_size
             self._max_num_pages = max_num_pages
         elif max_batch_size is None and max_num_pages is None and given == 3:
-            super().__init__(workspace_buffer, kv_layout, True, use_tensor_cores, *buffers)
+            super().__init__(None, kv_layout, True, False, *buffers)
         else:
             raise ValueError(
                 "capacities must come from indptr_buffer, indices_buffer and last_page_len_buffer, "

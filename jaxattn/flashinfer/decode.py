@@ -8,9 +8,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import paged_decode
+from jaxattn.flashinfer.arguments import one_dtype
 from jaxattn.flashinfer.batch_wrapper import BatchWrapper
 from jaxattn.flashinfer.index_arrays import Indices
-from jaxattn.flashinfer.options import check_pos_encoding, one_dtype, refuse
+from jaxattn.flashinfer.options import flashinfer_options
 from jaxattn.flashinfer.programs import compiled_plan_decode
 
 
@@ -34,6 +35,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
       NotImplementedError: an option that is not built.
     """
 
+    @flashinfer_options()
     def __init__(
         self,
         float_workspace_buffer: Any,
@@ -46,7 +48,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
         backend: str = "auto",
         jit_args: Any = None,
     ):
-        super().__init__(kv_layout, backend, jit_args=jit_args)
+        super().__init__(kv_layout)
         if use_cuda_graph:
             self._fix_capacity(
                 paged_kv_indptr_buffer=paged_kv_indptr_buffer,
@@ -55,6 +57,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             )
             self._max_rows = self._max_batch_size
 
+    @flashinfer_options()
     def plan(
         self,
         indptr: Indices,
@@ -102,20 +105,10 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
           KeyError: an unknown pos_encoding_mode.
           NotImplementedError: an option that is not built.
         """
-        if q_len_per_req < 1:
-            raise ValueError(f"q_len_per_req must be at least 1; got {q_len_per_req}")
-        check_pos_encoding(pos_encoding_mode)
-        refuse(
-            window_left=window_left,
-            window_right=window_right,
-            logits_soft_cap=logits_soft_cap,
-            q_len_per_req=q_len_per_req,
-            is_causal=is_causal,
-        )
         dtype = one_dtype(
-            data_type if q_data_type is None else q_data_type,
-            data_type if kv_data_type is None else kv_data_type,
-            o_data_type,
+            q_data_type=data_type if q_data_type is None else q_data_type,
+            kv_data_type=data_type if kv_data_type is None else kv_data_type,
+            o_data_type=o_data_type,
         )
         table = self._fit_table("", indptr, indices, last_page_len, page_size)
         heads = dict(num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
@@ -129,6 +122,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             sm_scale=sm_scale,
         )
 
+    @flashinfer_options()
     def run(
         self,
         q: Array,
@@ -174,19 +168,11 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             paged_decode,
             q,
             paged_kv_cache,
-            args,
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
-            out=out,
-            lse=lse,
             return_lse=return_lse,
             lse_base=lse_base,
-            window_left=window_left,
-            sinks=sinks,
-            q_len_per_req=q_len_per_req,
-            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
-            kv_cache_sf=kv_cache_sf,
         )
 
     run_return_lse = functools.partialmethod(run, return_lse=True)

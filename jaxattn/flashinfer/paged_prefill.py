@@ -8,9 +8,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import paged_prefill
+from jaxattn.flashinfer.arguments import one_dtype
 from jaxattn.flashinfer.batch_wrapper import BatchWrapper
 from jaxattn.flashinfer.index_arrays import Indices, last
-from jaxattn.flashinfer.options import check_pos_encoding, one_dtype, refuse
+from jaxattn.flashinfer.options import flashinfer_options
 from jaxattn.flashinfer.programs import compiled_plan_prefill
 
 
@@ -33,6 +34,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
       NotImplementedError: an option that is not built.
     """
 
+    @flashinfer_options()
     def __init__(
         self,
         float_workspace_buffer: Any,
@@ -49,15 +51,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
         jit_kwargs: Any = None,
         variant_owns_mask: bool = False,
     ):
-        super().__init__(
-            kv_layout,
-            backend,
-            custom_mask_buf=custom_mask_buf,
-            mask_indptr_buf=mask_indptr_buf,
-            jit_args=jit_args,
-            jit_kwargs=jit_kwargs,
-            variant_owns_mask=variant_owns_mask,
-        )
+        super().__init__(kv_layout)
         if use_cuda_graph:
             self._fix_capacity(
                 qo_indptr_buf=qo_indptr_buf,
@@ -66,6 +60,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
                 paged_kv_last_page_len_buf=paged_kv_last_page_len_buf,
             )
 
+    @flashinfer_options()
     def plan(
         self,
         qo_indptr: Indices,
@@ -129,20 +124,9 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
           KeyError: an unknown pos_encoding_mode.
           NotImplementedError: an option that is not built.
         """
-        check_pos_encoding(pos_encoding_mode)
-        refuse(
-            head_dim_vo=None if head_dim_vo == head_dim_qk else head_dim_vo,
-            custom_mask=custom_mask,
-            packed_custom_mask=packed_custom_mask,
-            use_fp16_qk_reduction=use_fp16_qk_reduction,
-            window_left=window_left,
-            logits_soft_cap=logits_soft_cap,
-            prefix_len_ptr=prefix_len_ptr,
-            token_pos_in_items_ptr=token_pos_in_items_ptr,
-            token_pos_in_items_len=token_pos_in_items_len,
-            max_item_len_ptr=max_item_len_ptr,
+        dtype = one_dtype(
+            q_data_type=q_data_type, kv_data_type=kv_data_type, o_data_type=o_data_type
         )
-        dtype = one_dtype(q_data_type, kv_data_type, o_data_type)
         table = self._fit_table(
             "paged_kv_", paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size
         )
@@ -167,6 +151,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             sm_scale=sm_scale,
         )
 
+    @flashinfer_options()
     def run(
         self,
         q: Array,
@@ -206,21 +191,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             paged_prefill,
             q,
             paged_kv_cache,
-            args,
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
-            out=out,
-            lse=lse,
             return_lse=return_lse,
             lse_base=lse_base,
-            lse_layout=lse_layout,
-            window_left=window_left,
-            sinks=sinks,
-            kv_cache_sf=kv_cache_sf,
-            skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
-            use_fp16_softmax=use_fp16_softmax,
-            uses_spcompress=uses_spcompress,
         )
 
     run_return_lse = functools.partialmethod(run, return_lse=True)

@@ -8,9 +8,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import ragged_prefill
 from jaxattn.checks import check_shape
+from jaxattn.flashinfer.arguments import one_dtype
 from jaxattn.flashinfer.batch_wrapper import BatchWrapper
 from jaxattn.flashinfer.index_arrays import Indices, index_array, last
-from jaxattn.flashinfer.options import check_pos_encoding, one_dtype, refuse
+from jaxattn.flashinfer.options import Unbuilt, flashinfer_options
 from jaxattn.flashinfer.programs import compiled_plan_ragged_prefill
 
 
@@ -32,6 +33,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
 
     _num_keys: int | None = None
 
+    @flashinfer_options()
     def __init__(
         self,
         float_workspace_buffer: Any,
@@ -46,18 +48,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         jit_kwargs: Any = None,
         variant_owns_mask: bool = False,
     ):
-        super().__init__(
-            kv_layout,
-            backend,
-            custom_mask_buf=custom_mask_buf,
-            mask_indptr_buf=mask_indptr_buf,
-            jit_args=jit_args,
-            jit_kwargs=jit_kwargs,
-            variant_owns_mask=variant_owns_mask,
-        )
+        super().__init__(kv_layout)
         if use_cuda_graph:
             self._fix_capacity(qo_indptr_buf=qo_indptr_buf, kv_indptr_buf=kv_indptr_buf)
 
+    @flashinfer_options(fixed_split_size=Unbuilt())
     def plan(
         self,
         qo_indptr: Indices,
@@ -100,23 +95,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         Args:
           kv_indptr: int32 [batch_size + 1]; request i has key rows `kv_indptr[i]:kv_indptr[i + 1]`.
         """
-        check_pos_encoding(pos_encoding_mode)
-        refuse(
-            head_dim_vo=None if head_dim_vo == head_dim_qk else head_dim_vo,
-            custom_mask=custom_mask,
-            packed_custom_mask=packed_custom_mask,
-            use_fp16_qk_reduction=use_fp16_qk_reduction,
-            window_left=window_left,
-            logits_soft_cap=logits_soft_cap,
-            prefix_len_ptr=prefix_len_ptr,
-            token_pos_in_items_ptr=token_pos_in_items_ptr,
-            token_pos_in_items_len=token_pos_in_items_len,
-            max_item_len_ptr=max_item_len_ptr,
-            fixed_split_size=fixed_split_size,
-            v_indptr=v_indptr,
-            o_indptr=o_indptr,
+        dtype = one_dtype(
+            q_data_type=q_data_type, kv_data_type=kv_data_type, o_data_type=o_data_type
         )
-        dtype = one_dtype(q_data_type, kv_data_type, o_data_type)
         batch_size = len(index_array("kv_indptr", kv_indptr, "batch_size + 1")) - 1
         qo_indptr = self._fit_indptr("qo_indptr", qo_indptr, batch_size)
         kv_indptr = self._fit_indptr("kv_indptr", kv_indptr, batch_size)
@@ -138,6 +119,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         )
         self._num_keys = last(kv_indptr)
 
+    @flashinfer_options()
     def run(
         self,
         q: Array,
@@ -178,17 +160,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
             ragged_prefill,
             q,
             (k, v),
-            args,
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
-            out=out,
-            lse=lse,
             return_lse=return_lse,
             lse_base=lse_base,
-            lse_layout=lse_layout,
-            o_scale=o_scale,
-            kv_cache_sf=kv_cache_sf,
         )
 
     run_return_lse = functools.partialmethod(run, return_lse=True)

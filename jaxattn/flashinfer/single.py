@@ -4,25 +4,24 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import ragged_prefill
-from jaxattn.checks import check_scale, check_shape
-from jaxattn.flashinfer.options import (
-    check_backend,
+from jaxattn.checks import check_choice, check_scale, check_shape
+from jaxattn.flashinfer.arguments import (
     check_layout,
-    check_lse_base,
-    check_pos_encoding,
     check_scalar,
     fold_scales,
-    refuse,
+    one_dtype,
 )
+from jaxattn.flashinfer.options import OPTIONS, flashinfer_options
 from jaxattn.flashinfer.programs import attend, compiled_plan_ragged_prefill
+from jaxattn.merge import LSE_BASES
 
 
+@flashinfer_options()
 def single_prefill_with_kv_cache(
     q: Array,
     k: Array,
@@ -72,23 +71,14 @@ def single_prefill_with_kv_cache(
       NotImplementedError: an option that is not built.
     """
     check_layout(kv_layout)
-    check_pos_encoding(pos_encoding_mode)
-    check_backend(backend)
-    refuse(
-        scale_q=scale_q,
-        scale_k=scale_k,
-        scale_v=scale_v,
-        o_dtype=None if o_dtype is None or jnp.dtype(o_dtype) == q.dtype else o_dtype,
-        custom_mask=custom_mask,
-        packed_custom_mask=packed_custom_mask,
-        use_fp16_qk_reduction=use_fp16_qk_reduction,
-        window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
-        kv_cache_sf=kv_cache_sf,
-    )
+    check_choice("lse_base", lse_base, LSE_BASES)
     check_shape("q", q, ("qo_len", "num_qo_heads", "head_dim"))
     check_shape("k", k, ("kv_len", "num_kv_heads", q.shape[-1]))
     qo_len, num_qo_heads, head_dim = q.shape
+    if v.shape[:-1] == k.shape[:-1]:
+        OPTIONS["head_dim_vo"].check("head_dim_vo", v.shape[-1], dict(head_dim_qk=head_dim))
+    if o_dtype is not None:
+        one_dtype(q=q.dtype, o_dtype=o_dtype)
     kv_len, num_kv_heads = (k.shape[kv_layout.index(axis)] for axis in "NH")
     if causal and kv_len < qo_len:
         raise ValueError(
@@ -110,7 +100,7 @@ def single_prefill_with_kv_cache(
         check_scalar("v_scale", v_scale),
         kv_layout=kv_layout,
         sm_scale=fold_scales(check_scale(sm_scale, head_dim), k_scale=k_scale),
-        lse_base=check_lse_base(lse_base) if return_lse else None,
+        lse_base=lse_base if return_lse else None,
     )
 
 
@@ -119,6 +109,7 @@ single_prefill_with_kv_cache_return_lse = functools.partial(
 )
 
 
+@flashinfer_options()
 def single_decode_with_kv_cache(
     q: Array,
     k: Array,
@@ -158,10 +149,7 @@ def single_decode_with_kv_cache(
         k,
         v,
         kv_layout=kv_layout,
-        pos_encoding_mode=pos_encoding_mode,
         sm_scale=fold_scales(check_scale(sm_scale, q.shape[-1]), q_scale=q_scale),
-        window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
         return_lse=return_lse,
         k_scale=k_scale,
         v_scale=v_scale,
