@@ -1,16 +1,25 @@
 """What the batch classes share: capacities, and the plan they keep."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxattn.checks import check_choice, check_heads, check_positive, check_scale, check_shape
+from jaxattn.checks import (
+    check_array,
+    check_choice,
+    check_heads,
+    check_host_indptr,
+    check_host_page_table,
+    check_positive,
+    check_scale,
+    check_shape,
+)
 from jaxattn.flashinfer.arguments import check_layout, check_scalar, fold_scales
 from jaxattn.flashinfer.index_arrays import index_array, pad, power_of_two
 from jaxattn.flashinfer.programs import Plan, attend
@@ -28,7 +37,15 @@ class Planned:
     head_dim: int
     dtype: jnp.dtype
     sm_scale: float
+    check_pages: Callable[[int], None] | None  # raises where a cache has too few pages
     made: tuple[int, Plan] | None = None
+    num_pages: int | None = None  # of a cache that has enough
+
+    def check_cache(self, num_pages: int) -> None:
+        """Raises ValueError where a page id that is known on the host is not in the cache."""
+        if self.check_pages is not None and num_pages != self.num_pages:
+            self.check_pages(num_pages)
+            self.num_pages = num_pages
 
     def plan(self, rows: int) -> Plan:
         if self.made is not None and self.made[0] == rows:
@@ -81,8 +98,7 @@ class BatchWrapper:
     def _fit_indptr(self, name: str, indptr: Any, batch_size: int) -> Any:
         """A checked indptr, padded with requests of length 0."""
         indptr = index_array(name, indptr, batch_size + 1)
-        if isinstance(indptr, np.ndarray) and (indptr[:1].any() or (np.diff(indptr) < 0).any()):
-            raise ValueError(f"{name} must start at 0 and not decrease; got {indptr}")
+        check_host_indptr(name, indptr)
         most = self._max_batch_size
         if most is None:
             return indptr
@@ -95,28 +111,25 @@ class BatchWrapper:
 
     def _fit_table(
         self, prefix: str, indptr: Any, indices: Any, last_page_len: Any, page_size: int
-    ) -> PageTable:
-        """A checked page table, padded to the capacities."""
+    ) -> tuple[PageTable, Callable[[int], None]]:
+        """A checked page table, padded to the capacities; and its check for a number of pages."""
         check_positive(page_size=page_size)
         last_page_len = index_array(f"{prefix}last_page_len", last_page_len, "batch_size")
         indptr = self._fit_indptr(f"{prefix}indptr", indptr, len(last_page_len))
+        last_page_len = pad(last_page_len, len(indptr) - 1)
         indices = index_array(f"{prefix}indices", indices, "num_pages")
         num_pages, most = len(indices), self._max_num_pages
-        if isinstance(indptr, np.ndarray) and indptr[-1] > num_pages:
-            raise ValueError(
-                f"{prefix}indices must have {prefix}indptr[-1]={indptr[-1]} elements; "
-                f"got {num_pages}"
-            )
         if most is not None and num_pages > most:
             raise ValueError(
                 f"{prefix}indices holds {num_pages} pages, more than the number fixed at {most}: "
                 "make a wrapper with a larger buffer"
             )
-        return PageTable(
-            indptr,
-            pad(indices, power_of_two(num_pages) if most is None else most),
-            pad(last_page_len, len(indptr) - 1),
+        check_pages = functools.partial(
+            check_host_page_table, indptr, indices, last_page_len, page_size, prefix=prefix
         )
+        check_pages()
+        capacity = power_of_two(num_pages) if most is None else most
+        return PageTable(indptr, pad(indices, capacity), last_page_len), check_pages
 
     def _keep(
         self,
@@ -127,11 +140,12 @@ class BatchWrapper:
         head_dim: int,
         dtype: jnp.dtype,
         sm_scale: float | None,
+        check_pages: Callable[[int], None] | None = None,
     ) -> None:
         check_heads(num_qo_heads, num_kv_heads)
         check_positive(head_dim=head_dim)
         planned = Planned(
-            make, rows, num_qo_heads, head_dim, dtype, check_scale(sm_scale, head_dim)
+            make, rows, num_qo_heads, head_dim, dtype, check_scale(sm_scale, head_dim), check_pages
         )
         if rows is not None:
             capacity = rows if self._max_rows is None else self._max_rows
@@ -163,11 +177,15 @@ class BatchWrapper:
             raise RuntimeError(f"{type(self).__name__}.run needs a plan: call plan(...) first")
         check_shape("q", q, ("rows", planned.num_qo_heads, planned.head_dim))
         for name, x in [("q", q), *(("kv", x) for x in jax.tree.leaves(kv))]:
+            check_array(name, x)
             if x.dtype != planned.dtype:
                 raise ValueError(
                     f"{name} must be {planned.dtype}, the {name}_data_type of plan; got {x.dtype}: "
                     f"cast it, or call plan(..., {name}_data_type={x.dtype.name!r})"
                 )
+        for x in jax.tree.leaves(kv)[:1]:
+            if x.ndim:  # pages are the first axis of every form of a cache
+                planned.check_cache(x.shape[0])
         rows, most = q.shape[0], self._max_rows
         if planned.rows is not None:
             fits = rows in (planned.rows, most)

@@ -110,7 +110,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             kv_data_type=data_type if kv_data_type is None else kv_data_type,
             o_data_type=o_data_type,
         )
-        table = self._fit_table("", indptr, indices, last_page_len, page_size)
+        table, check_pages = self._fit_table("", indptr, indices, last_page_len, page_size)
         heads = dict(num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
         splits = dict(fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv)
         self._keep(
@@ -120,6 +120,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             head_dim=head_dim,
             dtype=dtype,
             sm_scale=sm_scale,
+            check_pages=check_pages,
         )
 
     @flashinfer_options()

@@ -14,13 +14,35 @@ Indices = Array | np.ndarray | Sequence[int]
 
 
 def index_array(name: str, x: Any, size: int | str) -> Any:
-    """A checked index array, where it is; Python integers become int32 on the host."""
-    if not isinstance(x, jax.Array | np.ndarray):
-        x = np.asarray(x)
-        if x.dtype.kind == "i" or not x.size:
-            x = x.astype(np.int32)
+    """A checked int32 array, where it is.
+
+    What is on the host is copied: plans are computed after `plan` has returned, XLA on a CPU reads
+    NumPy's memory when it gets there, and whoever keeps a buffer refills it for the next step.
+    """
+    if isinstance(x, jax.Array):
+        check_index(name, x, size)
+        return x
+    if not isinstance(x, np.ndarray):
+        x = _int32(name, x)
     check_index(name, x, size)
-    return x
+    return x.copy()
+
+
+def _int32(name: str, x: Any) -> np.ndarray:
+    """A sequence of integers as NumPy's int32, none of them cut off."""
+    try:
+        array = np.asarray(x)
+    except ValueError:  # rows of different lengths
+        array = np.empty((), object)
+    if array.ndim == 0 or array.size and array.dtype.kind not in "iu":
+        raise TypeError(
+            f"{name} must be an int32 array, or a list of integers that fit one; got {x!r}"
+        )
+    bounds = np.iinfo(np.int32)
+    outside = (array < bounds.min) | (array > bounds.max)
+    if outside.any():
+        raise ValueError(f"{name} must fit int32; got {array[outside][0]}")
+    return array.astype(np.int32)
 
 
 def last(indptr: Any) -> int | None:

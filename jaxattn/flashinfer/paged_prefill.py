@@ -127,7 +127,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
         dtype = one_dtype(
             q_data_type=q_data_type, kv_data_type=kv_data_type, o_data_type=o_data_type
         )
-        table = self._fit_table(
+        table, check_pages = self._fit_table(
             "paged_kv_", paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size
         )
         batch_size = np.shape(paged_kv_last_page_len)[0]
@@ -149,6 +149,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             head_dim=head_dim_qk,
             dtype=dtype,
             sm_scale=sm_scale,
+            check_pages=check_pages,
         )
 
     @flashinfer_options()

@@ -101,7 +101,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         batch_size = len(index_array("kv_indptr", kv_indptr, "batch_size + 1")) - 1
         qo_indptr = self._fit_indptr("qo_indptr", qo_indptr, batch_size)
         kv_indptr = self._fit_indptr("kv_indptr", kv_indptr, batch_size)
-        heads = dict(num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
+        heads: dict[str, Any] = dict(num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
         self._keep(
             lambda rows: compiled_plan_ragged_prefill(
                 qo_indptr,
