@@ -80,15 +80,3 @@ def test_numpys_memory_is_not_shared():
     assert not copied.any()
     array = jnp.zeros(3)
     assert copied_from_host(array) is array
-
-
-def test_rope_reads_positions_when_it_is_called():
-    t, heads = 1 << 18, jnp.ones((1 << 18, 1, 4))
-    positions, offsets = np.ones(t, np.int32), np.zeros(1, np.int32)
-    by_ids = ja.apply_rope_pos_ids(heads, heads, positions)[0]
-    positions[:] = 0
-    by_offset = ja.apply_rope(heads, heads, i32(0, t), offsets)[0]
-    offsets[:] = 7
-    np.testing.assert_array_equal(by_ids[0], by_ids[-1])
-    np.testing.assert_array_equal(by_offset[0], heads[0])
-    np.testing.assert_allclose(by_ids[0, 0, 0], np.cos(1) - np.sin(1), rtol=1e-6)
