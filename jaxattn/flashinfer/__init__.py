@@ -17,6 +17,9 @@ lse is in base 2, as FlashInfer's, where it is returned and where it is merged; 
 of the functional surface.
 """
 
+from jaxattn.flashinfer.cascade import merge_state as merge_state
+from jaxattn.flashinfer.cascade import merge_state_in_place as merge_state_in_place
+from jaxattn.flashinfer.cascade import merge_states as merge_states
 from jaxattn.flashinfer.cuda_graph_decode import (
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
 )
