@@ -17,9 +17,15 @@ from jaxattn.flashinfer import (
 from jaxattn.flashinfer import (
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
 )
+from jaxattn.flashinfer import fused_add_rmsnorm as fused_add_rmsnorm
+from jaxattn.flashinfer import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
+from jaxattn.flashinfer import gemma_rmsnorm as gemma_rmsnorm
+from jaxattn.flashinfer import get_batch_indices_positions as get_batch_indices_positions
+from jaxattn.flashinfer import get_seq_lens as get_seq_lens
 from jaxattn.flashinfer import merge_state as merge_state
 from jaxattn.flashinfer import merge_state_in_place as merge_state_in_place
 from jaxattn.flashinfer import merge_states as merge_states
+from jaxattn.flashinfer import rmsnorm as rmsnorm
 from jaxattn.flashinfer import single_decode_with_kv_cache as single_decode_with_kv_cache
 from jaxattn.flashinfer import single_prefill_with_kv_cache as single_prefill_with_kv_cache
 from jaxattn.flashinfer import (
@@ -27,12 +33,6 @@ from jaxattn.flashinfer import (
 )
 from jaxattn.kv_cache import PagedKVCache as PagedKVCache
 from jaxattn.kv_cache import PageTable as PageTable
-from jaxattn.kv_cache import get_batch_indices_positions as get_batch_indices_positions
-from jaxattn.kv_cache import get_seq_lens as get_seq_lens
-from jaxattn.norm import fused_add_rmsnorm as fused_add_rmsnorm
-from jaxattn.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
-from jaxattn.norm import gemma_rmsnorm as gemma_rmsnorm
-from jaxattn.norm import rmsnorm as rmsnorm
 from jaxattn.plan import DecodePlan as DecodePlan
 from jaxattn.plan import PrefillPlan as PrefillPlan
 from jaxattn.plan import plan_decode as plan_decode

@@ -89,7 +89,7 @@ def check_host_page_table(
 
     Args:
       indptr, indices, last_page_len: int32 [b + 1], [any] and [b], in CSR form; NumPy arrays are
-        checked.
+        checked, anything else is not.
       page_size: tokens a page.
       num_pages: pages of the cache, where it is known: page ids must be less.
       prefix: of the arrays' names in errors.

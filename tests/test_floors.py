@@ -21,7 +21,7 @@ FLOORS = [
     ["kernels.*"],
     ["append", "attention", "merge", "norm", "rope"],
     ["flashinfer.arguments", "flashinfer.index_arrays", "flashinfer.options"],
-    ["flashinfer.programs", "flashinfer.cascade"],
+    ["flashinfer.cascade", "flashinfer.norm", "flashinfer.page", "flashinfer.programs"],
     ["flashinfer.batch_wrapper"],
     ["flashinfer.decode", "flashinfer.paged_prefill", "flashinfer.ragged_prefill"],
     ["flashinfer.cuda_graph_decode", "flashinfer.single"],

@@ -26,6 +26,13 @@ from jaxattn.flashinfer.cuda_graph_decode import (
 from jaxattn.flashinfer.decode import (
     BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
 )
+from jaxattn.flashinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
+from jaxattn.flashinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
+from jaxattn.flashinfer.norm import gemma_rmsnorm as gemma_rmsnorm
+from jaxattn.flashinfer.norm import rmsnorm as rmsnorm
+from jaxattn.flashinfer.page import append_paged_kv_cache as append_paged_kv_cache
+from jaxattn.flashinfer.page import get_batch_indices_positions as get_batch_indices_positions
+from jaxattn.flashinfer.page import get_seq_lens as get_seq_lens
 from jaxattn.flashinfer.paged_prefill import (
     BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
 )
@@ -36,4 +43,16 @@ from jaxattn.flashinfer.single import single_decode_with_kv_cache as single_deco
 from jaxattn.flashinfer.single import single_prefill_with_kv_cache as single_prefill_with_kv_cache
 from jaxattn.flashinfer.single import (
     single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
+)
+from jaxattn.rope import apply_llama31_rope as apply_llama31_rope
+from jaxattn.rope import apply_llama31_rope_inplace as apply_llama31_rope_inplace
+from jaxattn.rope import apply_llama31_rope_pos_ids as apply_llama31_rope_pos_ids
+from jaxattn.rope import apply_llama31_rope_pos_ids_inplace as apply_llama31_rope_pos_ids_inplace
+from jaxattn.rope import apply_rope as apply_rope
+from jaxattn.rope import apply_rope_inplace as apply_rope_inplace
+from jaxattn.rope import apply_rope_pos_ids as apply_rope_pos_ids
+from jaxattn.rope import apply_rope_pos_ids_inplace as apply_rope_pos_ids_inplace
+from jaxattn.rope import apply_rope_with_cos_sin_cache as apply_rope_with_cos_sin_cache
+from jaxattn.rope import (
+    apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
 )

@@ -22,6 +22,7 @@ from jaxattn.checks import (
 )
 from jaxattn.flashinfer.arguments import check_layout, check_scalar, fold_scales
 from jaxattn.flashinfer.index_arrays import index_array, pad, power_of_two
+from jaxattn.flashinfer.options import flashinfer_options
 from jaxattn.flashinfer.programs import Plan, attend
 from jaxattn.kv_cache import PageTable
 from jaxattn.merge import LSE_BASES
@@ -73,6 +74,37 @@ class BatchWrapper:
     def is_cuda_graph_enabled(self) -> bool:
         """Whether capacities are fixed."""
         return self._max_batch_size is not None
+
+    @property
+    def resolved_backend(self) -> str:
+        """ "fa2": one kernel serves all cases."""
+        return "fa2"
+
+    def end_forward(self) -> None:
+        """Nothing, as in FlashInfer: a plan is kept until the next."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: FlashInfer's older `run`, whose arguments overrule the plan's, defaults included."""
+        raise NotImplementedError(
+            f"{type(self).__name__}.forward would overrule what was planned: give causal, sm_scale "
+            "and the other options to plan(...), then call run(...), or run_return_lse(...)"
+        )
+
+    forward_return_lse = forward
+
+    @flashinfer_options()
+    def reset_workspace_buffer(
+        self, float_workspace_buffer: Any, int_workspace_buffer: Any
+    ) -> None:
+        """Nothing: there is no workspace to replace."""
+
+    def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """(0, 0), the bytes of FlashInfer's two workspaces that a plan with these arguments needs."""
+        return 0, 0
+
+    @flashinfer_options()
+    def prewarm_paged_kv_stride_variant(self, variant: str = "independent") -> None:
+        """Nothing: there is one variant, which `run` compiles."""
 
     def _fix_capacity(self, **buffers: Any) -> None:
         """Takes capacities from the lengths of CUDA-graph buffers, an indptr first."""

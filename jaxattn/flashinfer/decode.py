@@ -57,6 +57,11 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             )
             self._max_rows = self._max_batch_size
 
+    @property
+    def use_tensor_cores(self) -> bool:
+        """True, whatever was asked for: products are always taken on tensor cores."""
+        return True
+
     @flashinfer_options()
     def plan(
         self,
@@ -122,6 +127,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             sm_scale=sm_scale,
             check_pages=check_pages,
         )
+
+    begin_forward = plan
 
     @flashinfer_options()
     def run(

@@ -147,12 +147,14 @@ OPTIONS: dict[str, Option] = {
     "jit_kwargs": Unbuilt(),
     "enable_pdl": Meaningless("XLA orders the kernels"),
     "use_tensor_cores": Meaningless("they are always used"),
+    "variant": Meaningless("one kernel takes any strides"),
     "non_blocking": Meaningless("nothing blocks"),
     # Memory.
     "out": Unwritable(),
     "lse": Unwritable(),
     "float_workspace_buffer": _WORKSPACE,
     "workspace_buffer": _WORKSPACE,
+    "int_workspace_buffer": _WORKSPACE,
     # Hints for FlashInfer's planner.
     "seq_lens": _RESTATED,
     "seq_lens_q": _RESTATED,

@@ -152,6 +152,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             check_pages=check_pages,
         )
 
+    begin_forward = plan
+
     @flashinfer_options()
     def run(
         self,

@@ -119,6 +119,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         )
         self._num_keys = last(kv_indptr)
 
+    begin_forward = plan
+
     @flashinfer_options()
     def run(
         self,
