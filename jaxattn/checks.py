@@ -14,7 +14,7 @@ def check_array(name: str, x: Any, dtype: str = "") -> None:
     """Raises TypeError unless `x` is an array, of JAX or NumPy; `dtype` completes the advice."""
     if not (hasattr(x, "shape") and hasattr(x, "dtype")):
         how = f"jnp.asarray({name}{', ' + dtype if dtype else ''})"
-        raise TypeError(f"{name} must be an array; got a {type(x).__name__}: use {how}")
+        raise TypeError(f"{name} must be an array; got {type(x).__name__}: use {how}")
 
 
 def check_shape(

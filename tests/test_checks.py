@@ -52,18 +52,18 @@ def test_names_in_errors():
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda: check_shape("x", [1, 2], ("n",)), r"got a list: use jnp.asarray\(x\)"),
-        (lambda: ja.rmsnorm([[1.0, 2.0]], jnp.ones(2)), "input must be an array; got a list"),
-        (lambda: ja.rmsnorm(jnp.ones((1, 2)), [1.0, 2.0]), "weight must be an array; got a list"),
+        (lambda: check_shape("x", [1, 2], ("n",)), r"got list: use jnp.asarray\(x\)"),
+        (lambda: ja.rmsnorm([[1.0, 2.0]], jnp.ones(2)), "input must be an array; got list"),
+        (lambda: ja.rmsnorm(jnp.ones((1, 2)), [1.0, 2.0]), "weight must be an array; got list"),
         (
             lambda: ja.apply_rope_pos_ids(jnp.ones((2, 1, 4)), jnp.ones((2, 1, 4)), [0, 1]),
-            r"pos_ids must be an array; got a list: use jnp.asarray\(pos_ids, jnp.int32\)",
+            r"pos_ids must be an array; got list: use jnp.asarray\(pos_ids, jnp.int32\)",
         ),
         (
             lambda: ja.plan_ragged_prefill(
                 [0, 1], [0, 1], num_qo_tokens=1, num_qo_heads=1, num_kv_heads=1
             ),
-            r"kv_indptr must be an array; got a list: use jnp.asarray\(kv_indptr, jnp.int32\)",
+            r"kv_indptr must be an array; got list: use jnp.asarray\(kv_indptr, jnp.int32\)",
         ),
     ],
 )
