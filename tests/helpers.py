@@ -125,12 +125,3 @@ def assert_lse(ours, truth):
 def same_bits(a, b) -> bool:
     """Whether two arrays are equal to the bit, NaN included."""
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def buffer_of(x):
-    """A buffer as servers keep: aligned, so that XLA on a CPU reads it in place."""
-    memory = np.empty(x.nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    buffer = memory[start : start + x.nbytes].view(x.dtype)
-    buffer[:] = x
-    return buffer

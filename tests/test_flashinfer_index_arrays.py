@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import buffer_of
 
 import jaxattn as ja
 
@@ -71,6 +70,15 @@ def ragged_prefill(**arrays):
 
 PAGED = [decode, graph_decode, paged_prefill]
 ALL = [*PAGED, ragged_prefill]
+
+
+def buffer_of(x):
+    """A buffer as servers keep: aligned, so that XLA on a CPU reads it in place."""
+    memory = np.empty(x.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    buffer = memory[start : start + x.nbytes].view(x.dtype)
+    buffer[:] = x
+    return buffer
 
 
 @pytest.mark.parametrize("qo_indptr_on", ["host", "device"])
