@@ -5,17 +5,34 @@ from jaxattn.append import rope_append_paged_kv_cache as rope_append_paged_kv_ca
 from jaxattn.attention import paged_decode as paged_decode
 from jaxattn.attention import paged_prefill as paged_prefill
 from jaxattn.attention import ragged_prefill as ragged_prefill
+from jaxattn.flashinfer import (
+    BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
+)
+from jaxattn.flashinfer import (
+    BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
+)
+from jaxattn.flashinfer import (
+    BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper,
+)
+from jaxattn.flashinfer import (
+    CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+)
+from jaxattn.flashinfer import fused_add_rmsnorm as fused_add_rmsnorm
+from jaxattn.flashinfer import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
+from jaxattn.flashinfer import gemma_rmsnorm as gemma_rmsnorm
+from jaxattn.flashinfer import get_batch_indices_positions as get_batch_indices_positions
+from jaxattn.flashinfer import get_seq_lens as get_seq_lens
+from jaxattn.flashinfer import merge_state as merge_state
+from jaxattn.flashinfer import merge_state_in_place as merge_state_in_place
+from jaxattn.flashinfer import merge_states as merge_states
+from jaxattn.flashinfer import rmsnorm as rmsnorm
+from jaxattn.flashinfer import single_decode_with_kv_cache as single_decode_with_kv_cache
+from jaxattn.flashinfer import single_prefill_with_kv_cache as single_prefill_with_kv_cache
+from jaxattn.flashinfer import (
+    single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
+)
 from jaxattn.kv_cache import PagedKVCache as PagedKVCache
 from jaxattn.kv_cache import PageTable as PageTable
-from jaxattn.kv_cache import get_batch_indices_positions as get_batch_indices_positions
-from jaxattn.kv_cache import get_seq_lens as get_seq_lens
-from jaxattn.merge import merge_state as merge_state
-from jaxattn.merge import merge_state_in_place as merge_state_in_place
-from jaxattn.merge import merge_states as merge_states
-from jaxattn.norm import fused_add_rmsnorm as fused_add_rmsnorm
-from jaxattn.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
-from jaxattn.norm import gemma_rmsnorm as gemma_rmsnorm
-from jaxattn.norm import rmsnorm as rmsnorm
 from jaxattn.operands import MaskBits as MaskBits
 from jaxattn.operands import packbits as packbits
 from jaxattn.operands import segment_packbits as segment_packbits
@@ -36,20 +53,3 @@ from jaxattn.rope import (
     apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
 )
 from jaxattn.rope import precompute_freqs_cis as precompute_freqs_cis
-from jaxattn.wrappers import (
-    BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
-)
-from jaxattn.wrappers import (
-    BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
-)
-from jaxattn.wrappers import (
-    BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper,
-)
-from jaxattn.wrappers import (
-    CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
-)
-from jaxattn.wrappers import single_decode_with_kv_cache as single_decode_with_kv_cache
-from jaxattn.wrappers import single_prefill_with_kv_cache as single_prefill_with_kv_cache
-from jaxattn.wrappers import (
-    single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
-)

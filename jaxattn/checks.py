@@ -10,11 +10,19 @@ import numpy as np
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 
 
+def check_array(name: str, x: Any, dtype: str = "") -> None:
+    """Raises TypeError unless `x` is an array, of JAX or NumPy; `dtype` completes the advice."""
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        how = f"jnp.asarray({name}{', ' + dtype if dtype else ''})"
+        raise TypeError(f"{name} must be an array; got {type(x).__name__}: use {how}")
+
+
 def check_shape(
     name: str, x: Any, expected: Sequence[int | str], sizes: Mapping[str, int] | None = None
 ) -> None:
-    """Raises ValueError unless `x` has the expected shape; a string in it is a free, named axis."""
-    shape = tuple(getattr(x, "shape", ()))
+    """Raises unless `x` is an array of the expected shape; a string in it is a free, named axis."""
+    check_array(name, x)
+    shape = tuple(x.shape)
     fits = len(shape) == len(expected) and all(
         isinstance(want, str) or want == got for want, got in zip(expected, shape, strict=True)
     )
@@ -25,7 +33,8 @@ def check_shape(
 
 
 def check_float(name: str, x: jax.Array) -> None:
-    """Raises TypeError unless `x` is float16, bfloat16 or float32."""
+    """Raises TypeError unless `x` is a float16, bfloat16 or float32 array."""
+    check_array(name, x)
     if x.dtype.name not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(FLOAT_DTYPES)}; got {x.dtype.name}")
 
@@ -39,8 +48,9 @@ def check_same_dtype(**arrays: Any) -> None:
         )
 
 
-def check_index(name: str, x: jax.Array, num_elements: int | str) -> None:
+def check_index(name: str, x: Any, num_elements: int | str) -> None:
     """Raises unless `x` is an int32 vector of `num_elements` (a string: any number)."""
+    check_array(name, x, "jnp.int32")
     check_shape(name, x, (num_elements,))
     check_int32(name, x)
 
@@ -48,7 +58,83 @@ def check_index(name: str, x: jax.Array, num_elements: int | str) -> None:
 def check_int32(name: str, x: Any) -> None:
     """Raises TypeError unless `x` is int32."""
     if x.dtype != jnp.int32:
-        raise TypeError(f"{name} must be int32; got {x.dtype.name}: use {name}.astype(jnp.int32)")
+        int32 = "np.int32" if isinstance(x, np.ndarray) else "jnp.int32"
+        raise TypeError(f"{name} must be int32; got {x.dtype.name}: use {name}.astype({int32})")
+
+
+def copied_from_host(x: Any) -> Any:
+    """`x`, copied to the device where it is NumPy's.
+
+    `jnp.asarray`, `jnp.array` and calls of jitted functions may read NumPy's memory after they have
+    returned: whoever refills a buffer for the next step would change this one.
+    """
+    return jnp.asarray(x.copy()) if isinstance(x, np.ndarray) else x
+
+
+def check_host_indptr(name: str, indptr: Any) -> None:
+    """Raises ValueError for an indptr on the host (NumPy) that does not start at 0 or decreases."""
+    if not isinstance(indptr, np.ndarray):
+        return
+    if indptr[:1].any() or (indptr[1:] < indptr[:-1]).any():
+        raise ValueError(f"{name} must start at 0 and not decrease; got {indptr}")
+
+
+def check_host_page_table(
+    indptr: Any,
+    indices: Any,
+    last_page_len: Any,
+    page_size: int,
+    num_pages: int | None = None,
+    *,
+    prefix: str = "kv_",
+) -> None:
+    """Raises ValueError for a page table that cannot be, as far as its arrays are on the host.
+
+    Arrays on a device are not read, and what depends on them is not checked.
+
+    Args:
+      indptr, indices, last_page_len: int32 [b + 1], [any] and [b], in CSR form; NumPy arrays are
+        checked, anything else is not.
+      page_size: tokens a page.
+      num_pages: pages of the cache, where it is known: page ids must be less.
+      prefix: of the arrays' names in errors.
+
+    Raises:
+      ValueError: indptr does not start at 0, decreases, or owns more entries than indices has; the
+        last page of a request holds less than one token or more than page_size; a request without
+        pages has tokens; a page id that a request owns is not in the cache.
+    """
+    check_host_indptr(f"{prefix}indptr", indptr)
+    name = f"{prefix}last_page_len"
+    if isinstance(last_page_len, np.ndarray):
+        least: Any = 0
+        if isinstance(indptr, np.ndarray):
+            owns = indptr[1:] > indptr[:-1]
+            least = owns.astype(np.int32)
+            for i in np.flatnonzero(~owns & (last_page_len != 0))[:1]:
+                raise ValueError(
+                    f"{name}[{i}] must be 0, as request {i} has no pages; got {last_page_len[i]}"
+                )
+        for i in np.flatnonzero((last_page_len < least) | (last_page_len > page_size))[:1]:
+            raise ValueError(
+                f"{name}[{i}] must be from 1 to {page_size=}, or 0 without pages; got "
+                f"{last_page_len[i]}: it is (kv_len - 1) % page_size + 1"
+            )
+    if not (isinstance(indptr, np.ndarray) and isinstance(indices, np.ndarray)):
+        return
+    name, owned = f"{prefix}indices", indices[: indptr[-1]]
+    if indptr[-1] > len(indices):
+        raise ValueError(
+            f"{name} must have {prefix}indptr[-1]={indptr[-1]} elements; got {len(indices)}"
+        )
+    most = np.iinfo(np.int32).max if num_pages is None else num_pages - 1
+    for i in np.flatnonzero((owned < 0) | (owned > most))[:1]:
+        ids = (
+            "at least 0"
+            if num_pages is None
+            else f"from 0 to {most}, as the cache has {num_pages=}"
+        )
+        raise ValueError(f"{name}[{i}] must be a page id, {ids}; got {owned[i]}")
 
 
 def check_host_lengths(name: str, lengths: np.ndarray, most: int, why: str) -> None:

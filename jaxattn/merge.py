@@ -7,6 +7,12 @@ States of disjoint sets merge into the state of their union (FlashInfer, recursi
 
 in float32. A state with s = -inf is empty: it contributes nothing, whatever its v holds; where all
 are empty, v = 0 and s = -inf.
+
+Nothing in an array tells its base, and states of another base merge to a plausible, wrong result. So
+these functions have no default: whoever calls them says which logarithm s is, "ln" for what
+`paged_decode` and the other functions on arrays return. FlashInfer's functions of the same names,
+which `jaxattn` itself exports and which take what FlashInfer's classes return, are in
+`jaxattn.flashinfer`; there the base is FlashInfer's, 2, unless the call says otherwise.
 """
 
 import functools
@@ -20,7 +26,7 @@ from jaxattn.checks import check_choice, check_float, check_same_dtype, check_sh
 from jaxattn.dispatch import dispatch
 from jaxattn.kernels.triton import merge as kernels
 
-LSE_BASES = ("ln", "log2")
+LSE_BASES = ("log2", "ln")
 
 
 def merge_state(
@@ -29,7 +35,7 @@ def merge_state(
     v_b: Array,
     s_b: Array,
     *,
-    lse_base: str = "ln",
+    lse_base: str,
     backend: str | None = None,
 ) -> tuple[Array, Array]:
     """Merges two attention states.
@@ -37,7 +43,7 @@ def merge_state(
     Args:
       v_a, v_b: [n, h, d], of one dtype: float16, bfloat16 or float32.
       s_a, s_b: [n, h], floating-point; float32 keeps their precision.
-      lse_base: "ln" or "log2", the logarithm of s.
+      lse_base: "ln" or "log2", the logarithm of s; required.
       backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
 
     Returns:
@@ -66,7 +72,7 @@ def merge_state_in_place(
     s_other: Array,
     mask: Array | None = None,
     *,
-    lse_base: str = "ln",
+    lse_base: str,
     backend: str | None = None,
 ) -> tuple[Array, Array]:
     """`merge_state`, the results aliased to v and s, in the rows that a mask selects.
@@ -75,7 +81,7 @@ def merge_state_in_place(
       v, v_other: [n, h, d], of one dtype: float16, bfloat16 or float32.
       s, s_other: [n, h], float32.
       mask: bool [n]; where False, v and s stay as they are. None: all rows merge.
-      lse_base: "ln" or "log2", the logarithm of s.
+      lse_base: "ln" or "log2", the logarithm of s; required.
       backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
 
     Returns:
@@ -106,14 +112,14 @@ def merge_state_in_place(
 
 
 def merge_states(
-    v: Array, s: Array, *, lse_base: str = "ln", backend: str | None = None
+    v: Array, s: Array, *, lse_base: str, backend: str | None = None
 ) -> tuple[Array, Array]:
     """Merges any number of attention states.
 
     Args:
       v: [n, states, h, d]; float16, bfloat16 or float32.
       s: [n, states, h], floating-point; float32 keeps its precision.
-      lse_base: "ln" or "log2", the logarithm of s.
+      lse_base: "ln" or "log2", the logarithm of s; required.
       backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
 
     Returns:

@@ -21,6 +21,7 @@ from jaxattn.checks import (
     check_rotary_dim,
     check_same_dtype,
     check_shape,
+    copied_from_host,
 )
 from jaxattn.dispatch import dispatch
 from jaxattn.kernels.triton import rope as kernels
@@ -240,7 +241,7 @@ def _positions(q: Array, indptr: Array, offsets: Array) -> Array:
     """The position of every row of q; 0, which turns nothing, in the rows of no request."""
     check_index("offsets", offsets, "b")
     check_index("indptr", indptr, offsets.shape[0] + 1)
-    indptr, offsets = jnp.asarray(indptr), jnp.asarray(offsets)
+    indptr, offsets = copied_from_host(indptr), copied_from_host(offsets)
     row = jnp.arange(q.shape[0], dtype=jnp.int32)
     request = jnp.searchsorted(indptr[1:], row, side="right")
     position = row + (offsets - indptr[:-1]).at[request].get(mode="clip")
@@ -271,6 +272,7 @@ def _apply(
     t, _, head_dim = q.shape
     check_shape("k", k, (t, "num_kv_heads", head_dim))
     check_index("pos_ids", positions, t)
+    positions = copied_from_host(positions)
     table = _table(positions, _rotary_dim(rotary_dim, head_dim), *scaling)
     rows = jnp.arange(t, dtype=jnp.int32)
     return _rope(q, k, rows, table, head_dim, interleave, in_place, backend)
@@ -288,6 +290,7 @@ def _rope(
 ) -> tuple[Array, Array]:
     check_positive(head_size=head_size)
     check_index("positions", positions, "t")
+    positions = copied_from_host(positions)
     t = positions.shape[0]
     for name, x in (("query", query), ("key", key)):
         check_float(name, x)

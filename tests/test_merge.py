@@ -20,9 +20,14 @@ from rowwise import (
 )
 
 import jaxattn as ja
-from jaxattn import reference
+from jaxattn import flashinfer, merge, reference
 
 BACKENDS = ["interpret", "xla"]
+# Natural logs where a test does not say otherwise.
+merge_state, merge_state_in_place, merge_states = (
+    functools.partial(op, lse_base="ln")
+    for op in (merge.merge_state, merge.merge_state_in_place, merge.merge_states)
+)
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 
@@ -51,7 +56,7 @@ def assert_state(ours, truth, dtype):
 def check_merge_states(n, states, h, d, dtype, lse_base, backend):
     v, s = make_states(n, states, h, d, dtype)
     truth = truth_of(v, s, lse_base)
-    assert_state(ja.merge_states(v, s, lse_base=lse_base, backend=backend), truth, dtype)
+    assert_state(merge_states(v, s, lse_base=lse_base, backend=backend), truth, dtype)
     assert not np.asarray(truth[0][0]).any()
     assert np.isneginf(np.asarray(truth[1][0])).all()
 
@@ -61,10 +66,10 @@ def check_merge_state(n, h, d, dtype, lse_base, backend):
     args = v[:, 0], s[:, 0], v[:, 1], s[:, 1]
     truth = truth_of(v, s, lse_base)
     how = dict(lse_base=lse_base, backend=backend)
-    assert_state(ja.merge_state(*args, **how), truth, dtype)
-    assert_state(ja.merge_state_in_place(*args, **how), truth, dtype)
+    assert_state(merge_state(*args, **how), truth, dtype)
+    assert_state(merge_state_in_place(*args, **how), truth, dtype)
     mask = jnp.arange(n) % 2 == 0
-    v, s = ja.merge_state_in_place(*args, mask, **how)
+    v, s = merge_state_in_place(*args, mask, **how)
     assert_state((v[mask], s[mask]), (truth[0][mask], truth[1][mask]), dtype)
     assert same((v[~mask], s[~mask]), (args[0][~mask], args[1][~mask]))
 
@@ -108,10 +113,79 @@ def test_merge_state_on_gpu(n, h, d, dtype, lse_base):
     check_merge_state(n, h, d, dtype, lse_base, None)
 
 
+OPS = ("merge_state", "merge_state_in_place", "merge_states")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_functions_on_arrays_take_no_base_for_granted(op):
+    v, s = make_states(3, 2, 2, 64, f32)
+    args = (v, s) if op == "merge_states" else (v[:, 0], s[:, 0], v[:, 1], s[:, 1])
+    with pytest.raises(TypeError, match="lse_base"):
+        getattr(merge, op)(*args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_flashinfers_functions_are_in_base_2(op):
+    """Those that `jaxattn` exports are FlashInfer's; lse_base can still be said."""
+    v, s = make_states(3, 2, 2, 64, f32)
+    args = (v, s) if op == "merge_states" else (v[:, 0], s[:, 0], v[:, 1], s[:, 1])
+    ours = getattr(flashinfer, op)
+    assert getattr(ja, op) is ours
+    assert same(ours(*args), getattr(merge, op)(*args, lse_base="log2"))
+    assert same(ours(*args, lse_base="ln"), getattr(merge, op)(*args, lse_base="ln"))
+
+
+@pytest.mark.parametrize("surface", ["classes", "functions"])
+def test_cascade(surface):
+    """A prefix that requests share and their own tokens, apart and merged: as in one piece."""
+    heads, page_size, prefix, own = (4, 2, 64), 4, 8, [5, 9, 1]
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((3, *heads[::2])), f32)
+    cache = jnp.asarray(rng.standard_normal((12, 2, page_size, *heads[1:])), f32)
+    shared, pages = np.array([9, 4], np.int32), [[2, 0], [1, 3, 5], [7]]
+
+    def table(pages, lengths):
+        indptr = np.cumsum([0, *map(len, pages)], dtype=np.int32)
+        last = np.array([(n - 1) % page_size + 1 for n in lengths], np.int32)
+        return indptr, np.concatenate(pages).astype(np.int32), last
+
+    def classes(qo_indptr, table):
+        wrapper = ja.BatchPrefillWithPagedKVCacheWrapper(None)
+        wrapper.plan(qo_indptr, *table, *heads, page_size, q_data_type="float32")
+        return wrapper.run_return_lse(q, cache)
+
+    def functions(qo_indptr, table):
+        plan = ja.plan_prefill(
+            jnp.asarray(qo_indptr),
+            ja.PageTable(*map(jnp.asarray, table)),
+            page_size=page_size,
+            num_qo_tokens=3,
+            num_qo_heads=4,
+            num_kv_heads=2,
+            causal=False,
+        )
+        return ja.paged_prefill(q, ja.PagedKVCache(cache), plan, return_lse=True)
+
+    attend = dict(classes=classes, functions=functions)[surface]
+    each = np.arange(4, dtype=np.int32)
+    whole = attend(each, table([[*shared, *x] for x in pages], [prefix + n for n in own]))
+    one = attend(np.array([0, 3], np.int32), table([shared], [prefix]))
+    two = attend(each, table(pages, own))
+    if surface == "classes":  # as a port writes it
+        merged = [ja.merge_state(*one, *two), ja.merge_state_in_place(*one, *two)]
+        stacked = ja.merge_states(*(jnp.stack(x, axis=1) for x in zip(one, two)))
+    else:
+        merged = [merge_state(*one, *two), merge_state_in_place(*one, *two)]
+        stacked = merge_states(*(jnp.stack(x, axis=1) for x in zip(one, two)))
+    for state in (*merged, stacked):
+        for ours, truth in zip(state, whole, strict=True):
+            np.testing.assert_allclose(ours, truth, rtol=2e-6, atol=2e-6)
+
+
 def test_bases_agree():
     v, s = make_states(3, 6, 2, 64, f32)
-    v_ln, s_ln = ja.merge_states(v, s)
-    v_log2, s_log2 = ja.merge_states(v, s / math.log(2), lse_base="log2")
+    v_ln, s_ln = merge_states(v, s)
+    v_log2, s_log2 = merge_states(v, s / math.log(2), lse_base="log2")
     np.testing.assert_allclose(np.asarray(v_ln), np.asarray(v_log2), atol=1e-5)
     np.testing.assert_allclose(np.asarray(s_ln), np.asarray(s_log2) * math.log(2), rtol=1e-5)
 
@@ -131,10 +205,10 @@ def test_pieces_make_the_whole(backend):
     v, s = (jnp.stack(x, axis=1) for x in zip(*pieces, strict=True))
     one, two, three = pieces
     for got in (
-        ja.merge_states(v, s, backend=backend),
-        ja.merge_states(v[:, ::-1], s[:, ::-1], backend=backend),
-        ja.merge_state(*ja.merge_state(*one, *two, backend=backend), *three, backend=backend),
-        ja.merge_state(*one, *ja.merge_state(*three, *two, backend=backend), backend=backend),
+        merge_states(v, s, backend=backend),
+        merge_states(v[:, ::-1], s[:, ::-1], backend=backend),
+        merge_state(*merge_state(*one, *two, backend=backend), *three, backend=backend),
+        merge_state(*one, *merge_state(*three, *two, backend=backend), backend=backend),
     ):
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
@@ -146,14 +220,14 @@ def test_extreme_scores(backend):
     v = jnp.asarray([1.0, 2.0, 3.0])[None, :, None, None] * jnp.ones((1, 3, 1, 64))
     for shift in (1e30, -1e30, 5000.0):
         s = (jnp.asarray([0.0, 0.0, -200.0]) + jnp.float32(shift))[None, :, None]
-        merged, lse = ja.merge_states(v, s, backend=backend)
+        merged, lse = merge_states(v, s, backend=backend)
         peaks = 2 if shift == 5000.0 else 3
         np.testing.assert_allclose(np.asarray(merged), 1.5 if peaks == 2 else 2.0, rtol=1e-6)
         np.testing.assert_allclose(np.asarray(lse), shift + math.log(peaks), rtol=1e-6)
 
 
 def test_no_states():
-    v, s = ja.merge_states(jnp.zeros((2, 0, 3, 64)), jnp.zeros((2, 0, 3)), backend="interpret")
+    v, s = merge_states(jnp.zeros((2, 0, 3, 64)), jnp.zeros((2, 0, 3)), backend="interpret")
     assert same((v, s), (jnp.zeros((2, 3, 64)), jnp.full((2, 3), -jnp.inf)))
 
 
@@ -162,7 +236,7 @@ def test_no_states():
 def test_donated_state_is_updated_in_place(n, masked):
     v, s = normal((n, 4, 64)), normal((n, 4))
     mask = [jnp.arange(n) % 2 == 0] if masked else []
-    compiled = compile_in_place(ja.merge_state_in_place, (0, 1), v, s, v, s, *mask)
+    compiled = compile_in_place(merge_state_in_place, (0, 1), v, s, v, s, *mask)
     if jax.default_backend() == "gpu":  # XLA's own fusions on a CPU keep what they please
         assert_no_copy(compiled)
 
@@ -173,20 +247,20 @@ def test_transforms(backend):
     v, s = v.reshape(2, 3, *v.shape[1:]), s.reshape(2, 3, *s.shape[1:])
 
     @jax.jit
-    def merge(v, s):
-        v, s = ja.merge_states(v, s, backend=backend)
-        other = ja.merge_state(v, s, v, s, backend=backend)
+    def merge_them(v, s):
+        v, s = merge_states(v, s, backend=backend)
+        other = merge_state(v, s, v, s, backend=backend)
         mask = jnp.arange(v.shape[0]) != 1
-        return ja.merge_state_in_place(v + 1, s, *other, mask, backend=backend)
+        return merge_state_in_place(v + 1, s, *other, mask, backend=backend)
 
-    each = [merge(v[i], s[i]) for i in range(2)]
+    each = [merge_them(v[i], s[i]) for i in range(2)]
     want = jax.tree.map(lambda *x: jnp.stack(x), *each)
-    assert same(jax.vmap(merge)(v, s), want)
-    _, scanned = jax.lax.scan(lambda c, xs: (c, merge(*xs)), 0, (v, s))
+    assert same(jax.vmap(merge_them)(v, s), want)
+    _, scanned = jax.lax.scan(lambda c, xs: (c, merge_them(*xs)), 0, (v, s))
     assert same(scanned, want)
     if jax.device_count() > 1:
         sharded = jax.shard_map(
-            merge,
+            merge_them,
             mesh=two_devices(),
             in_specs=(P(None, None, "x"), P(None, None, "x")),
             out_specs=(P(None, "x"), P(None, "x")),
@@ -201,7 +275,7 @@ def test_gradient_is_the_references(backend):
     v, s = make_states(3, 4, 2, 64, f32)
 
     def loss(v, s, backend):
-        v, s = ja.merge_states(v, s, backend=backend)
+        v, s = merge_states(v, s, backend=backend)
         return jnp.sum(v**2) + jnp.sum(jnp.where(s == -jnp.inf, 0.0, s))
 
     ours = jax.grad(loss, argnums=(0, 1))(v, s, backend)
@@ -227,19 +301,19 @@ V, S = jnp.ones((3, 2, 64)), jnp.ones((3, 2))
 )
 def test_errors(error, message, args):
     with pytest.raises(error, match=message):
-        ja.merge_state(*args)
+        merge_state(*args)
 
 
 def test_other_errors():
     with pytest.raises(ValueError, match="lse_base must be one of"):
-        ja.merge_state(V, S, V, S, lse_base="e")
+        merge_state(V, S, V, S, lse_base="e")
     with pytest.raises(ValueError, match="v must have shape"):
-        ja.merge_states(V, S)
+        merge_states(V, S)
     with pytest.raises(ValueError, match="s must have shape"):
-        ja.merge_states(V[None], S)
+        merge_states(V[None], S)
     with pytest.raises(TypeError, match="s must be float32 to be updated in place"):
-        ja.merge_state_in_place(V, S.astype(bf16), V, S)
+        merge_state_in_place(V, S.astype(bf16), V, S)
     with pytest.raises(ValueError, match="mask must have shape"):
-        ja.merge_state_in_place(V, S, V, S, jnp.ones(2, bool))
+        merge_state_in_place(V, S, V, S, jnp.ones(2, bool))
     with pytest.raises(TypeError, match="mask must be bool"):
-        ja.merge_state_in_place(V, S, V, S, jnp.ones(3, jnp.int32))
+        merge_state_in_place(V, S, V, S, jnp.ones(3, jnp.int32))

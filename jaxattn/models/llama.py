@@ -265,7 +265,7 @@ class Batch(NamedTuple):
     positions: Array  # int32 [t], each token's position in its request
     batch_indices: Array  # int32 [t], each token's request; -1 for padding, which is not appended
     page_table: PageTable  # of b requests, these tokens already counted
-    plan: AttentionPlan  # of this page table; for a DecodePlan token i is request i's only one
+    plan: AttentionPlan  # of this page table; for decode's, token i is request i's only one
 
 
 def forward(

@@ -1,0 +1,246 @@
+"""What the batch classes share: capacities, and the plan they keep."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxattn.checks import (
+    check_array,
+    check_choice,
+    check_heads,
+    check_host_indptr,
+    check_host_page_table,
+    check_positive,
+    check_scale,
+    check_shape,
+)
+from jaxattn.flashinfer.arguments import check_layout, check_scalar, fold_scales
+from jaxattn.flashinfer.index_arrays import index_array, pad, power_of_two
+from jaxattn.flashinfer.options import flashinfer_options
+from jaxattn.flashinfer.programs import attend
+from jaxattn.kv_cache import PageTable
+from jaxattn.merge import LSE_BASES
+from jaxattn.plan import AttentionPlan
+
+
+@dataclasses.dataclass
+class Planned:
+    """What `plan` keeps for `run`."""
+
+    make: Callable[[int], AttentionPlan]  # the plan for a number of rows of q
+    rows: int | None  # rows that q must have; None: only a qo_indptr on the device knows
+    num_qo_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+    sm_scale: float
+    check_pages: Callable[[int], None] | None  # raises where a cache has too few pages
+    made: tuple[int, AttentionPlan] | None = None
+    num_pages: int | None = None  # of a cache that has enough
+
+    def check_cache(self, num_pages: int) -> None:
+        """Raises ValueError where a page id that is known on the host is not in the cache."""
+        if self.check_pages is not None and num_pages != self.num_pages:
+            self.check_pages(num_pages)
+            self.num_pages = num_pages
+
+    def plan(self, rows: int) -> AttentionPlan:
+        if self.made is not None and self.made[0] == rows:
+            return self.made[1]
+        plan = self.make(rows)
+        # Made within a caller's jit from arrays outside of it, a plan must not outlive that trace.
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(plan)):
+            self.made = rows, plan
+        return plan
+
+
+class BatchWrapper:
+    """The capacities of a wrapper, and the plan it keeps."""
+
+    _max_batch_size: int | None = None  # None: as large as the batch
+    _max_num_pages: int | None = None
+    _max_rows: int | None = None  # what q is padded to
+    _planned: Planned | None = None
+
+    def __init__(self, kv_layout: str):
+        check_layout(kv_layout)
+        self._kv_layout = kv_layout
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Whether capacities are fixed."""
+        return self._max_batch_size is not None
+
+    @property
+    def resolved_backend(self) -> str:
+        """ "fa2": one kernel serves all cases."""
+        return "fa2"
+
+    def end_forward(self) -> None:
+        """Nothing, as in FlashInfer: a plan is kept until the next."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: FlashInfer's older `run`, whose arguments overrule the plan's, defaults included."""
+        raise NotImplementedError(
+            f"{type(self).__name__}.forward would overrule what was planned: give causal, sm_scale "
+            "and the other options to plan(...), then call run(...), or run_return_lse(...)"
+        )
+
+    forward_return_lse = forward
+
+    @flashinfer_options()
+    def reset_workspace_buffer(
+        self, float_workspace_buffer: Any, int_workspace_buffer: Any
+    ) -> None:
+        """Nothing: there is no workspace to replace."""
+
+    def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """(0, 0), the bytes of FlashInfer's two workspaces that a plan with these arguments needs."""
+        return 0, 0
+
+    @flashinfer_options()
+    def prewarm_paged_kv_stride_variant(self, variant: str = "independent") -> None:
+        """Nothing: there is one variant, which `run` compiles."""
+
+    def _fix_capacity(self, **buffers: Any) -> None:
+        """Takes capacities from the lengths of CUDA-graph buffers, an indptr first."""
+        for name, buffer in buffers.items():
+            if not hasattr(buffer, "__len__"):
+                raise ValueError(
+                    f"{name} must be an array with use_cuda_graph=True; got {type(buffer).__name__}"
+                )
+        first = next(iter(buffers))
+        batch_size = len(buffers[first]) - 1
+        for name, buffer in buffers.items():
+            if "indices" in name:
+                self._max_num_pages = len(buffer)
+                continue
+            want = batch_size if "last_page_len" in name else batch_size + 1
+            if len(buffer) != want:
+                raise ValueError(
+                    f"{name} must have {want} elements, as {first} gives {batch_size=}; "
+                    f"got {len(buffer)}"
+                )
+        self._max_batch_size = batch_size
+
+    def _fit_indptr(self, name: str, indptr: Any, batch_size: int) -> Any:
+        """A checked indptr, padded with requests of length 0."""
+        indptr = index_array(name, indptr, batch_size + 1)
+        check_host_indptr(name, indptr)
+        most = self._max_batch_size
+        if most is None:
+            return indptr
+        if batch_size > most:
+            raise ValueError(
+                f"{name} holds {batch_size} requests, more than the batch size fixed at {most}: "
+                "make a wrapper with larger buffers"
+            )
+        return pad(indptr, most + 1, "edge")
+
+    def _fit_table(
+        self, prefix: str, indptr: Any, indices: Any, last_page_len: Any, page_size: int
+    ) -> tuple[PageTable, Callable[[int], None]]:
+        """A checked page table, padded to the capacities; and its check for a number of pages."""
+        check_positive(page_size=page_size)
+        last_page_len = index_array(f"{prefix}last_page_len", last_page_len, "batch_size")
+        indptr = self._fit_indptr(f"{prefix}indptr", indptr, len(last_page_len))
+        last_page_len = pad(last_page_len, len(indptr) - 1)
+        indices = index_array(f"{prefix}indices", indices, "num_pages")
+        num_pages, most = len(indices), self._max_num_pages
+        if most is not None and num_pages > most:
+            raise ValueError(
+                f"{prefix}indices holds {num_pages} pages, more than the number fixed at {most}: "
+                "make a wrapper with a larger buffer"
+            )
+        check_pages = functools.partial(
+            check_host_page_table, indptr, indices, last_page_len, page_size, prefix=prefix
+        )
+        check_pages()
+        capacity = power_of_two(num_pages) if most is None else most
+        table = PageTable(indptr, pad(indices, capacity), last_page_len, page_size)
+        return table, check_pages
+
+    def _keep(
+        self,
+        make: Callable[[int], AttentionPlan],
+        rows: int | None,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: jnp.dtype,
+        sm_scale: float | None,
+        check_pages: Callable[[int], None] | None = None,
+    ) -> None:
+        check_heads(num_qo_heads, num_kv_heads)
+        check_positive(head_dim=head_dim)
+        planned = Planned(
+            make, rows, num_qo_heads, head_dim, dtype, check_scale(sm_scale, head_dim), check_pages
+        )
+        if rows is not None:
+            capacity = rows if self._max_rows is None else self._max_rows
+            if rows > capacity:
+                raise ValueError(
+                    f"qo_indptr[-1]={rows} must not exceed that of the first plan, {capacity}, "
+                    "which fixed the capacity (use_cuda_graph=True)"
+                )
+            planned.made = capacity, make(capacity)
+            if self.is_cuda_graph_enabled:
+                self._max_rows = capacity
+        self._planned = planned
+
+    def _run(
+        self,
+        op: Callable[..., Any],
+        q: Array,
+        kv: Any,
+        *,
+        q_scale: float | None,
+        k_scale: float | None,
+        v_scale: ArrayLike | None,
+        return_lse: bool,
+        lse_base: str,
+    ) -> Any:
+        check_choice("lse_base", lse_base, LSE_BASES)
+        planned = self._planned
+        if planned is None:
+            raise RuntimeError(f"{type(self).__name__}.run needs a plan: call plan(...) first")
+        check_shape("q", q, ("rows", planned.num_qo_heads, planned.head_dim))
+        for name, x in [("q", q), *(("kv", x) for x in jax.tree.leaves(kv))]:
+            check_array(name, x)
+            if x.dtype != planned.dtype:
+                raise ValueError(
+                    f"{name} must be {planned.dtype}, the {name}_data_type of plan; got {x.dtype}: "
+                    f"cast it, or call plan(..., {name}_data_type={x.dtype.name!r})"
+                )
+        for x in jax.tree.leaves(kv)[:1]:
+            if x.ndim:  # pages are the first axis of every form of a cache
+                planned.check_cache(x.shape[0])
+        rows, most = q.shape[0], self._max_rows
+        if planned.rows is not None:
+            fits = rows in (planned.rows, most)
+        else:
+            fits = most is None or rows <= most
+        if not fits:
+            raise ValueError(
+                f"q must have as many rows as planned ({planned.rows}), or the largest number "
+                f"planned for ({most}); got {rows}"
+            )
+        if self.is_cuda_graph_enabled and most is None:
+            self._max_rows = most = rows
+        capacity = rows if most is None else most
+        result = attend(
+            op,
+            pad(q, capacity),
+            kv,
+            planned.plan(capacity),
+            check_scalar("v_scale", v_scale),
+            kv_layout=self._kv_layout,
+            sm_scale=fold_scales(planned.sm_scale, q_scale=q_scale, k_scale=k_scale),
+            lse_base=lse_base if return_lse else None,
+        )
+        return result if rows == capacity else jax.tree.map(lambda x: x[:rows], result)
