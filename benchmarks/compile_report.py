@@ -339,7 +339,9 @@ def _prefill(
         return ja.paged_prefill(q, cache, plan, logits_soft_cap=cap, **operands)
 
     cache, table = _paged_kv(batch, 4096, page_size, kv_heads, d, dtype, dv)
-    bits = ja.MaskBits(_struct(tokens * 512, dtype=jnp.uint8), _struct(batch + 1))
+    bits = jax.eval_shape(
+        lambda: ja.MaskBits(jnp.zeros(tokens * 512, jnp.uint8), jnp.zeros(batch + 1, jnp.int32))
+    )
     return step, (
         _struct(tokens, heads, d, dtype=dtype),
         cache,

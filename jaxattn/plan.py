@@ -19,7 +19,7 @@ from jaxattn.kv_cache import PageTable
 from jaxattn.operands import MaskBits
 from jaxattn.spec import AttentionSpec, Visible
 from jaxattn.visits import PlannedMask, find_visits
-from jaxattn.work_list import Keys, Splitting, Tiles, aligned, expand, make_work_list
+from jaxattn.work_list import KV_BLOCK, Keys, Splitting, Tiles, aligned, expand, make_work_list
 
 # Of a tile; 16 is the least that mma.sync takes, 64 the least that wgmma does.
 MIN_ROWS, MID_ROWS, MAX_ROWS = 16, 64, 128
@@ -314,7 +314,9 @@ def _plan_prefill(
     most_pages = 0 if keys.page_indices is None else keys.page_indices.size
     most_splits = request.size * -(-most_pages // (splits.fixed_size or 1))
     fill = -(-programs_per_sm * num_sms // spec.num_kv_heads)
-    work = make_work_list(tiles, splits.splitting(fill, most_splits, block_rows))
+    work = make_work_list(
+        tiles, splits.splitting(fill, most_splits, block_rows, in_blocks=visits is not None)
+    )
     return AttentionPlan(
         qo_indptr=qo_indptr,
         page_indices=keys.page_indices,
@@ -425,8 +427,13 @@ class _Splits:
         """Whether splits depend on the batch's lengths."""
         return self.fixed_size is None and not self.disabled
 
-    def splitting(self, fill: int, most: int, block_rows: int) -> Splitting:
+    def splitting(
+        self, fill: int, most: int, block_rows: int, in_blocks: bool = False
+    ) -> Splitting:
+        """With in_blocks, splits are of whole blocks: those that mask bits make a tile visit."""
         size = 0 if self.disabled else self.fixed_size and self.fixed_size * self.page_size
+        if size and in_blocks:
+            size = -(-size // KV_BLOCK) * KV_BLOCK
         return Splitting(fill, size, most, tall=block_rows > MAX_FEW_ROWS)
 
 

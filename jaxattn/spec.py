@@ -7,6 +7,7 @@ rule stands in two places. Positions are tokens of a request, from 0; `i` is a q
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import Array
 
 from jaxattn.checks import check_heads
 
-Position = int | Array
+Position = Any  # int, or int32 array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -321,7 +321,7 @@ def prefill(
     """
     if batch.plan.is_decode:
         raise TypeError("prefill needs a plan from plan_prefill; got plan_decode's")
-    last = jnp.maximum(batch.plan.qo_indptr[1:] - 1, 0)
+    last = jnp.maximum(batch.plan.query_bounds()[1:] - 1, 0)
     return forward(params, config, batch, caches, cos_sin_cache, last, backend=backend)
 
 

@@ -88,6 +88,7 @@ class Keys:
         """Of the tokens from `position` on: page ids, slots, and whether the page is one of the cache."""
         page, slot = self._page_and_slot(position)
         last, _ = divmod_by(end - 1, self.source.page_size)
+        assert self.indices_ref is not None and self.source.num_pages is not None
         page_id = plgpu.load(self.indices_ref.at[self.start + jnp.minimum(page, last)])
         return page_id, slot, (page_id >= 0) & (page_id < self.source.num_pages)
 

@@ -7,12 +7,13 @@ Axes: r rows of a tile, k keys.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn.operands import MaskBits
+from jaxattn.kernels.triton._rows import load
 from jaxattn.spec import Visible
 from jaxattn.visits import MaskItem
 from jaxattn.work_list import KV_BLOCK
@@ -84,8 +85,8 @@ class RowLimits:
 class Bits:
     """A work item's mask bits, and the blocks of keys that its tile visits."""
 
-    mask: MaskBits  # of refs
-    visits_ref: jax.Ref  # int32 [v]
+    mask: Any  # MaskBits of refs
+    visits_ref: Any  # int32 [v]
     item: MaskItem
 
     def visit(self, place: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -96,6 +97,4 @@ class Bits:
     def seen(self, token: jax.Array, key: jax.Array) -> jax.Array:
         """bool [r, k]."""
         index = (self.item.origin + token * self.item.stride)[:, None] + key[None, :]
-        return self.mask.seen(
-            index, lambda byte, exists: plgpu.load(self.mask.bits.at[byte], mask=exists, other=0)
-        )
+        return self.mask.seen(index, lambda byte, exists: load(self.mask.bits, byte, exists))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.kernels.triton._keys import divmod_by
-from jaxattn.kernels.triton._rows import Mask, both, load
+from jaxattn.kernels.triton._rows import Mask, load
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 
 
@@ -41,7 +41,7 @@ class PageSlots:
         """The row of each token's K, head 0, int32 [t]; and whether it has a slot, bool [t]."""
         page_of_request, slot = divmod_by(position, self.page_size)
         known = (batch >= 0) & (batch < indptr_ref.shape[0] - 1) & (position >= 0)
-        known = both(exist, known)
+        known = known if exist is None else exist & known
         begin, end = (
             jnp.clip(load(indptr_ref, row, known), 0, indices_ref.shape[0])
             for row in (batch, batch + 1)

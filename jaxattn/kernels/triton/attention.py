@@ -130,14 +130,14 @@ def _attention_kernel(
     else:
         limits = RowLimits.by_list(limits_ref, token, owned, kv_end)
     # Where a page in use is none of the cache, no tile goes unmasked.
-    sound = True
+    sound: jax.Array | bool = True
     if static.source.paged:
         sound = max_page_ref[0] < static.source.num_pages
 
     def masked(s, position):
         key = keys.tokens(position)
         seen = jnp.broadcast_to(keys.exist(position, limits.first_begin, kv_end)[None, :], s.shape)
-        for more in (limits.seen(key), bits and bits.seen(token, key)):
+        for more in (limits.seen(key), None if bits is None else bits.seen(token, key)):
             seen = seen if more is None else seen & more
         return jnp.where(seen, s, -jnp.inf)
 
@@ -155,11 +155,11 @@ def _attention_kernel(
         position, plain = item.kv_begin + i * block_kv, sound
         if bits is not None:
             position, all_set = bits.visit(position)
-            plain &= all_set
+            plain = plain & all_set
         k, v = keys.load(position, limits.first_begin, kv_end)
         s = score(softmax.dot(q, k, trans_b=True), position)
         # Most tiles are seen in full by every row.
-        plain &= limits.all_see(position, block_kv)
+        plain = plain & limits.all_see(position, block_kv)
         s = jax.lax.cond(plain, lambda s, _: s, masked, s, position)
         return softmax.update(state, s, v)
 
@@ -189,7 +189,8 @@ def _attention_kernel(
         store_at(o_ref, lse_ref, token_and_row(item.row_begin + r)[1], r, o, lse, chosen)
 
     store(r, o, lse, item.num_splits == 1)
-    if static.merging is None:
+    merging = static.merging
+    if merging is None:
         return
 
     @pl.when(item.num_splits > 1)
@@ -201,7 +202,7 @@ def _attention_kernel(
             column=head * parts + part,
             columns=spec.num_kv_heads * parts,
             block_rows=block_rows,
-            merging=static.merging,
+            merging=merging,
             barrier=(lambda: None) if softmax.interpret else plgpu.debug_barrier,
         )
         partials.merge(item, r, o, lse, store, store_at)
@@ -221,9 +222,18 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over a paged cache: (o [t, h, dv] in out_dtype, lse float32 [t, h], natural log)."""
     rows = [x.reshape(-1, x.shape[-1]) for x in cache.arrays]
-    where = (cache.row_strides, cache.num_pages)
-    how = dict(score=score, out_dtype=out_dtype, name=name, interpret=interpret)
-    return _attention(q, rows[0], rows[-1], *where, plan, sinks, score_mods, **how)
+    return _attention(
+        q,
+        (rows[0], rows[-1]),
+        (cache.row_strides, cache.num_pages),
+        plan,
+        sinks,
+        score_mods,
+        score=score,
+        out_dtype=out_dtype,
+        name=name,
+        interpret=interpret,
+    )
 
 
 def contiguous_attention(
@@ -243,18 +253,24 @@ def contiguous_attention(
     """Attention over contiguous k, v [tokens, kh, d] ("NHD") or [kh, tokens, d] ("HND"), as `paged_attention`."""
     a, b, _ = k.shape
     slot, head = (b, 1) if kv_layout == "NHD" else (1, b)
-    rows = [x.reshape(a * b, x.shape[-1]) for x in (k, v)]
-    strides = RowStrides(page=0, slot=slot, head=head, value=0)
-    how = dict(score=score, out_dtype=out_dtype, name=name, interpret=interpret)
-    return _attention(q, *rows, strides, None, plan, sinks, score_mods, **how)
+    return _attention(
+        q,
+        (k.reshape(a * b, k.shape[-1]), v.reshape(a * b, v.shape[-1])),
+        (RowStrides(page=0, slot=slot, head=head, value=0), None),
+        plan,
+        sinks,
+        score_mods,
+        score=score,
+        out_dtype=out_dtype,
+        name=name,
+        interpret=interpret,
+    )
 
 
 def _attention(
     q: jax.Array,
-    k_rows: jax.Array,
-    v_rows: jax.Array,
-    strides: RowStrides,
-    num_pages: int | None,
+    rows: tuple[jax.Array, jax.Array],
+    where: tuple[RowStrides, int | None],
     plan: AttentionPlan,
     sinks: jax.Array | None,
     score_mods: Sequence[ScoreMod],
@@ -264,7 +280,9 @@ def _attention(
     name: str,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
+    """Over rows of K [num_rows, d] and of V [num_rows, dv]; where: their strides, and the pages, None: contiguous."""
     t, h, d = q.shape
+    (k_rows, v_rows), (strides, num_pages) = rows, where
     dv = v_rows.shape[1]
     wgmma = has_wgmma()
     config = default_config(
@@ -275,17 +293,17 @@ def _attention(
         programs_per_sm=plan.programs_per_sm,
         paged=num_pages is not None,
         wgmma=wgmma,
+        bits=plan.mask is not None,
     )
     merging = Merging.of(plan, config, dv, wgmma=wgmma)
     tall = config.block_rows > MAX_FEW_ROWS
     parts = plan.block_rows // config.block_rows
     columns = plan.num_slots * plan.num_kv_heads * parts
-    states = (
-        Out((columns * config.block_rows, dv), jnp.float32),
-        Out((columns * config.block_rows,), jnp.float32),
-        Out((columns,), jnp.int32),
-    )
-    states = states if merging else (None, None, None)
+    o_partial = lse_partial = arrivals = None
+    if merging:
+        o_partial = Out((columns * config.block_rows, dv), jnp.float32)
+        lse_partial = Out((columns * config.block_rows,), jnp.float32)
+        arrivals = Out((columns,), jnp.int32)
     out = launch(
         functools.partial(
             _attention_kernel,
@@ -320,9 +338,9 @@ def _attention(
         dict(
             o_ref=Out((t * h, dv), out_dtype),
             lse_ref=Out((t * h,), jnp.float32),
-            o_partial_ref=states[0],
-            lse_partial_ref=states[1],
-            arrivals_ref=states[2],
+            o_partial_ref=o_partial,
+            lse_partial_ref=lse_partial,
+            arrivals_ref=arrivals,
         ),
         name=name,
         grid=(plan.num_kv_heads, plan.items.shape[0], parts),

@@ -34,6 +34,7 @@ class Shape:
     programs_per_sm: int  # meant to run at once
     paged: bool
     wgmma: bool
+    bits: bool  # with mask bits, an address of which each score has
 
     @property
     def few(self) -> bool:
@@ -62,6 +63,7 @@ TABLE = (
     Row(lambda s: s.float32 and s.head_dim > 128, 32, 16, 4, 2, "shared memory holds no more"),
     Row(lambda s: s.float32, 64, 32, 4, 2, "registers; 8 warps wait for each other"),
     Row(lambda s: s.head_dim > 256, 32, 32, 4, 2, "shared memory holds no more"),
+    Row(lambda s: s.bits and not s.few, 128, 32, 8, 3, "registers hold the addresses of the bits"),
     # 64 rows: many loads in flight, and wgmma's least tile.
     Row(lambda s: s.mid and s.head_dim > 128, ALL, 32, 4, 5, "one program at a time, deep"),
     Row(lambda s: s.mid and s.head_dim <= 64, ALL, 128, 4, 5, "short rows: more keys a load"),
@@ -99,9 +101,10 @@ def default_config(
     programs_per_sm: int,
     paged: bool,
     wgmma: bool,
+    bits: bool = False,
 ) -> Config:
     """The tile for a shape; a pure function of it."""
     float32 = jnp.dtype(dtype) == jnp.float32
-    shape = Shape(block_rows, head_dim, float32, group, programs_per_sm, paged, wgmma)
+    shape = Shape(block_rows, head_dim, float32, group, programs_per_sm, paged, wgmma, bits)
     row = next(row for row in TABLE if row.fits(shape))
     return Config(min(block_rows, row.max_rows), row.keys, row.warps, row.stages)
