@@ -33,7 +33,8 @@ class Case:
 class Attention(Case):
     """op decode (one query token a request), decode_step (that in `num_layers` layers) or prefill.
 
-    Query tokens are the last of their request's kv_len tokens; where not `causal`, each sees all of these.
+    Query tokens are the last of their request's kv_len tokens; where not `causal`, each sees all of these. Of what it
+    sees, a window leaves `window_left` keys and its own; with `tree`, mask bits say which of the new tokens it sees.
     """
 
     kv_lens: tuple[int, ...]
@@ -44,10 +45,19 @@ class Attention(Case):
     head_dim: int = 128
     num_layers: int = 1
     causal: bool = True
+    window_left: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    tree: bool = False
 
     @property
     def writes(self) -> bool:
         return False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is plain softmax attention, all keys or causal."""
+        return self.window_left is None and not (self.soft_cap or self.sinks or self.tree)
 
     @property
     def num_qo_tokens(self) -> int:
@@ -223,6 +233,13 @@ def _full() -> list[Case]:
         _decode("70b_tp8_b1_32k", 1, 32768, 16, num_qo_heads=8, num_kv_heads=1),
     ]
 
+    cases += [_decode(f"{name}_b32_8k", 32, 8192, 16, **how) for name, how in _VARIANTS.items()]
+    window: dict[str, Any] = dict(window_left=1023)
+    for page_size in (1, 16, 64):
+        cases.append(_decode("w1024_b32_32k", 32, 32768, page_size, **window))
+        cases.append(_decode("b32_1k", 32, 1024, page_size))  # what a window of 1024 comes down to
+    cases.append(_decode("cap50_b32_4k", 32, 4096, 16, soft_cap=50.0))
+
     for name in ("b1_8k", "b128_2k"):
         batch, kv_len = lengths[name]
         cases.append(Plan(op="plan_decode", name=name, kv_lens=(kv_len,) * batch, page_size=16))
@@ -251,6 +268,19 @@ def _full() -> list[Case]:
         _prefill("append_b1_32_32k", 1, 32, 32768, 16),
         _prefill("append_b32_16_4k_d64", 32, 16, 4096, 16, head_dim=64),
         _prefill("append_b32_16_4k_d256", 32, 16, 4096, 16, head_dim=256),
+    ]
+    cases += [
+        _prefill(f"{name}_b4_4k", *prompts["b4_4k"], 16, **how) for name, how in _VARIANTS.items()
+    ]
+    cases += [
+        _prefill("b1_32k", 1, 32768, 32768, 16),
+        _prefill("w1024_b1_32k", 1, 32768, 32768, 16, **window),
+        _prefill("w1024_b4_4k", *prompts["b4_4k"], 16, **window),
+        _prefill("w1024_chunk_512_32k", *appends["chunk_512_32k"], 16, **window),
+        _prefill("cap50_b4_4k", *prompts["b4_4k"], 16, soft_cap=50.0),
+        # Tree speculation: 16 and 64 drafted tokens, of which each sees some.
+        _prefill("tree_b32_16_4k", 32, 16, 4096, 16, causal=False, tree=True),
+        _prefill("tree_b8_64_4k", 8, 64, 4096, 16, causal=False, tree=True),
     ]
     # A chunk of one request's prompt and a token each of the others, in one call.
     mixed = _prefill("mixed", 64, 1, 4096, 16)
@@ -322,6 +352,14 @@ def _full() -> list[Case]:
     return cases
 
 
+# The layers of models that plain attention does not compute.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt_oss_local": dict(num_qo_heads=64, head_dim=64, window_left=127, sinks=True),
+    "gpt_oss_global": dict(num_qo_heads=64, head_dim=64, sinks=True),
+    "gpt_oss_local_no_sinks": dict(num_qo_heads=64, head_dim=64, window_left=127),
+    "gemma3_27b_local": dict(num_kv_heads=16, window_left=1023),
+    "gemma2_9b_global": dict(num_qo_heads=16, head_dim=256, soft_cap=50.0),
+}
 _APPENDS = {"b1_1": (1, 1), "b32_1": (32, 1), "b256_1": (256, 1), "b4_4k": (4, 4096)}
 
 
@@ -335,6 +373,9 @@ def _smoke() -> list[Case]:
         dataclasses.replace(prefill, kv_lens=(40, 17), qo_lens=(5, 17)),
         _prefill("b2_32", 2, 32, 32, None, **heads),
         _prefill("b2_5_40_full", 2, 5, 40, 16, **heads, causal=False),
+        _decode("w8_b2_40", 2, 40, 16, **heads, window_left=8, soft_cap=5.0, sinks=True),
+        _prefill("w8_b2_9_40", 2, 9, 40, 16, **heads, window_left=8, sinks=True),
+        _prefill("tree_b2_5_40", 2, 5, 40, 16, **heads, causal=False, tree=True),
         Plan(op="plan_decode", name="ragged", kv_lens=(700, 1, 1500), page_size=16, **heads),
         _append("b2_3", 2, 3, 16),
         Merge(op="merge_states", name="3_states_5", states=3, tokens=5, num_qo_heads=4),

@@ -44,6 +44,8 @@ class AttentionInputs:
     pages: Pages
     qo_indptr: np.ndarray
     kv_indptr: np.ndarray  # in tokens
+    sinks: Array | None = None  # float32 [h]
+    tree: tuple[np.ndarray, ...] | None = None  # of each request, bool [qo_len, kv_len]
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +104,17 @@ class RopeAppendInputs:
     pages: Pages
 
 
+def _trees(case: Attention, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """A query sees all of its request's earlier tokens, itself, and half of the new ones before it."""
+    masks = []
+    for qo_len, kv_len in zip(case.qo_lens, case.kv_lens):
+        mask = np.ones((qo_len, kv_len), bool)
+        new = np.tril(rng.random((qo_len, qo_len)) < 0.5, -1) | np.eye(qo_len, dtype=bool)
+        mask[:, kv_len - qo_len :] = new
+        masks.append(mask)
+    return tuple(masks)
+
+
 def make_inputs(case: Case) -> Any:
     """The inputs of a case; the same values at every call."""
     seed = zlib.crc32(case.id.encode()) >> 2  # an int32, also after the additions below
@@ -118,7 +131,16 @@ def make_inputs(case: Case) -> Any:
                 for i in range(case.num_layers)
             )
             q = normal(seed, shape=(case.num_qo_tokens, case.num_qo_heads, case.head_dim))
-            return AttentionInputs(q, caches, pages, _indptr(case.qo_lens), _indptr(case.kv_lens))
+            sinks = _normal(seed, shape=(case.num_qo_heads,), dtype="float32")
+            return AttentionInputs(
+                q,
+                caches,
+                pages,
+                _indptr(case.qo_lens),
+                _indptr(case.kv_lens),
+                sinks if case.sinks else None,
+                _trees(case, rng) if case.tree else None,
+            )
         case Plan():
             return _pages(case.kv_lens, case.page_size, rng)
         case Append():

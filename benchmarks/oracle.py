@@ -230,27 +230,45 @@ def _attention(
     for request, own in rows.items():
         begin, end = inputs.pages.indptr[request : request + 2]
         first = inputs.qo_indptr[request]
-        last_key = np.full_like(own, case.kv_lens[request] - 1)
+        kv_len = case.kv_lens[request]
+        key, position = np.arange(kv_len)[None, :], (own + kv_len - case.qo_lens[request])[:, None]
+        seen = np.ones((own.size, kv_len), bool)
         if case.causal:
-            last_key += own - case.qo_lens[request] + 1
+            seen &= key <= position
+        if case.window_left is not None:
+            seen &= key >= position - case.window_left
+        if inputs.tree is not None:
+            seen &= inputs.tree[request][own]
         outputs.append(
             _attend(
                 q[first + own],
                 *cache.arrays,
                 jnp.asarray(inputs.pages.indices[begin:end]),
-                jnp.asarray(last_key.astype(np.int32)),
+                jnp.asarray(seen),
+                inputs.sinks,
+                soft_cap=case.soft_cap,
             )
         )
         tokens.append(first + own)
     return np.concatenate(tokens), jnp.concatenate(outputs)
 
 
-@functools.partial(jax.jit, compiler_options=NO_SEARCH)
-def _attend(q: Array, k_pages: Array, v_pages: Array, page_ids: Array, last_key: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="soft_cap", compiler_options=NO_SEARCH)
+def _attend(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_ids: Array,
+    seen: Array,
+    sinks: Array | None,
+    *,
+    soft_cap: float | None,
+) -> Array:
     k, v = (pages[page_ids].reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages))
-    mask = jnp.arange(k.shape[0], dtype=jnp.int32)[None, :] <= last_key[:, None]
-    scale = 1 / math.sqrt(q.shape[-1])
-    return reference.attention(q.astype(jnp.float32), k, v, mask, Score(scale).logit)[0]
+    mask = jnp.pad(seen, ((0, 0), (0, k.shape[0] - seen.shape[1])))
+    score = Score(1 / math.sqrt(q.shape[-1]), soft_cap)
+    o, lse = reference.attention(q.astype(jnp.float32), k, v, mask, score.logit)
+    return o if sinks is None else o * jax.nn.sigmoid(lse - sinks[None, :])[..., None]
 
 
 def _error(outputs: Sequence[Array], expected: Sequence[Array]) -> float:

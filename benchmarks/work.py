@@ -19,11 +19,25 @@ class Work:
     model: str  # the formula, for readers of the results
 
 
-def pairs(qo_len: int, kv_len: int, causal: bool = True) -> int:
-    """(query, key) pairs of a request: query i of the last qo_len tokens sees all keys, or kv_len - qo_len + i + 1."""
+def pairs(qo_len: int, kv_len: int, causal: bool = True, window_left: int | None = None) -> int:
+    """(query, key) pairs of a request: query i of the last qo_len tokens sees all keys, or kv_len - qo_len + i + 1.
+
+    With a window, window_left + 1 of these at most (causal ones: an encoder's windows have no case).
+    """
+    if window_left is not None:
+        first = kv_len - qo_len
+        return sum(min(first + i, window_left) + 1 for i in range(qo_len))
     if not causal:
         return qo_len * kv_len
     return qo_len * (kv_len - qo_len) + qo_len * (qo_len + 1) // 2
+
+
+def keys_read(case: Attention) -> list[int]:
+    """The keys of each request that any of its queries sees."""
+    if case.window_left is None:
+        return list(case.kv_lens)
+    lens = zip(case.qo_lens, case.kv_lens)
+    return [min(kv_len, qo_len + case.window_left) for qo_len, kv_len in lens]
 
 
 def work(case: Case) -> Work:
@@ -32,10 +46,12 @@ def work(case: Case) -> Work:
     match case:
         case Attention():
             q = case.num_qo_tokens * case.num_qo_heads * case.head_dim
-            kv = sum(case.kv_lens) * case.num_kv_heads * case.head_dim
-            pages = sum(-(-n // case.page_size) for n in case.kv_lens) if case.page_size else 0
+            read = keys_read(case)
+            kv = sum(read) * case.num_kv_heads * case.head_dim
+            pages = sum(-(-n // case.page_size) for n in read) if case.page_size else 0
             lens = zip(case.qo_lens, case.kv_lens)
-            admitted = sum(pairs(qo_len, kv_len, case.causal) for qo_len, kv_len in lens)
+            see = (case.causal, case.window_left)
+            admitted = sum(pairs(qo_len, kv_len, *see) for qo_len, kv_len in lens)
             flops = 4 * case.head_dim * case.num_qo_heads * admitted
             per_layer = (2 * kv + 2 * q) * size + 4 * pages
             layers = f"{case.num_layers} layers x " if case.num_layers > 1 else ""

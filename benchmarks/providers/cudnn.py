@@ -24,7 +24,9 @@ def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
 
 def takes(case: Case) -> bool:
     """Whether kernels without lengths and page tables can run the case, on a GPU."""
-    dense = isinstance(case, Attention) and case.page_size is None and case.is_dense
+    if not isinstance(case, Attention):
+        return False
+    dense = case.is_plain and case.page_size is None and case.is_dense
     return dense and jax.default_backend() == "gpu"
 
 

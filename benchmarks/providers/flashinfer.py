@@ -10,6 +10,7 @@ from typing import Any
 
 import flashinfer
 import jax
+import numpy as np
 import torch
 
 from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
@@ -32,6 +33,8 @@ def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
         if isinstance(case, RopeAppend) and _has_fused(case):
             calls["flashinfer-fused"] = lambda: _fused_rope_append(case, inputs)
         return calls
+    if case.sinks:
+        return {}  # its ordinary kernels leave sinks out; those that have them are compiled on the spot, with nvcc
     make = {"decode": _decode, "decode_step": _decode_step, "prefill": _prefill}[case.op]
     choices = ("fa2", "fa3") if case.op == "prefill" else ("cuda-cores", "tensor-cores")
     return {
@@ -195,7 +198,13 @@ def _plan_decode(wrapper: Any, case: Attention, x: AttentionInputs) -> Any:
         case.head_dim,
         case.page_size,
         q_data_type=getattr(torch, case.dtype),
+        **_variant(case),
     )
+
+
+def _variant(case: Attention) -> dict[str, Any]:
+    window = -1 if case.window_left is None else case.window_left
+    return dict(window_left=window, logits_soft_cap=case.soft_cap)
 
 
 def _decode(case: Attention, x: AttentionInputs, choice: str) -> Call:
@@ -208,7 +217,11 @@ def _decode(case: Attention, x: AttentionInputs, choice: str) -> Call:
 
 def _prefill(case: Attention, x: AttentionInputs, choice: str) -> Call:
     shape = (case.num_qo_heads, case.num_kv_heads, case.head_dim)
-    how = dict(causal=case.causal, q_data_type=getattr(torch, case.dtype))
+    how = dict(causal=case.causal, q_data_type=getattr(torch, case.dtype), **_variant(case))
+    if x.tree is not None:
+        how |= dict(
+            custom_mask=torch.from_numpy(np.concatenate([m.ravel() for m in x.tree])).cuda()
+        )
     if case.page_size is not None:
         paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend=choice)
         paged.plan(

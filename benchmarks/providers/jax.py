@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
-    if not (isinstance(case, Attention) and case.op == "decode"):
+    if not (isinstance(case, Attention) and case.op == "decode" and case.is_plain):
         return {}
     if jax.default_backend() != "gpu":
         return {}

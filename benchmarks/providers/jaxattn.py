@@ -12,6 +12,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxattn as ja
 from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
@@ -158,28 +159,34 @@ def _add_rmsnorm_by_parts(x, residual, weight, eps, *, backend):
 
 def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call:
     heads: dict[str, Any] = dict(num_qo_heads=case.num_qo_heads, num_kv_heads=case.num_kv_heads)
+    heads |= dict(window_left=case.window_left)
     queries: dict[str, Any] = dict(num_qo_tokens=case.num_qo_tokens, causal=case.causal)
+    how: dict[str, Any] = dict(backend=backend, logits_soft_cap=case.soft_cap)
     qo_indptr = jnp.asarray(x.qo_indptr)
     if case.page_size is None:
         k, v = (pages[:, 0] for pages in x.caches[0].arrays)
         plan_ragged = jax.jit(functools.partial(ja.plan_ragged_prefill, **heads, **queries))
         ragged_plan = plan_ragged(qo_indptr, jnp.asarray(x.kv_indptr))
-        ragged = jax.jit(functools.partial(ja.ragged_prefill, backend=backend))
-        return Call(lambda: (ragged(x.q, k, v, ragged_plan),))
+        ragged = jax.jit(functools.partial(ja.ragged_prefill, **how))
+        return Call(lambda: (ragged(x.q, k, v, ragged_plan, sinks=x.sinks),))
 
     heads |= dict(page_size=case.page_size)
     plan_decode = jax.jit(functools.partial(ja.plan_decode, **heads))
     # Traced once, called in every layer.
-    decode = jax.jit(functools.partial(ja.paged_decode, backend=backend))
+    decode = jax.jit(functools.partial(ja.paged_decode, **how))
     match case.op:
         case "decode":
             decode_plan = plan_decode(x.pages.table)
-            return Call(lambda: (decode(x.q, x.caches[0], decode_plan),))
+            return Call(lambda: (decode(x.q, x.caches[0], decode_plan, sinks=x.sinks),))
         case "prefill":
             plan = jax.jit(functools.partial(ja.plan_prefill, **heads, **queries))
-            prefill_plan = plan(qo_indptr, x.pages.table)
-            prefill = jax.jit(functools.partial(ja.paged_prefill, backend=backend))
-            return Call(lambda: (prefill(x.q, x.caches[0], prefill_plan),))
+            mask = None
+            if x.tree is not None:
+                bits = jnp.asarray(np.concatenate([m.ravel() for m in x.tree]))
+                mask = ja.MaskBits.of(bits, qo_indptr, jnp.asarray(case.kv_lens, jnp.int32))
+            prefill_plan = plan(qo_indptr, x.pages.table, mask=mask)
+            prefill = jax.jit(functools.partial(ja.paged_prefill, **how))
+            return Call(lambda: (prefill(x.q, x.caches[0], prefill_plan, sinks=x.sinks),))
 
     @jax.jit
     def step(q, caches, table):
