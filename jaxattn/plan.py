@@ -398,7 +398,7 @@ def _limits(
     inside = (0 <= first) & (first <= position) & (position <= last)
     begin = jnp.where(inside, jnp.minimum(begin, first), begin)
     end = jnp.where(inside, jnp.maximum(end, jnp.minimum(last + 1, kv_end)), end)
-    return jnp.stack([begin, jnp.maximum(end, begin)], axis=1)
+    return jnp.stack([jnp.minimum(begin, end), end], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

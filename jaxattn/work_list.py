@@ -65,28 +65,26 @@ class Keys:
     kv_len: Array
     kv_end: Array
     page_size: int
+    num_entries: Array | int = 0  # of page_indices that a request owns
 
     @classmethod
     def of(cls, table: PageTable, page_size: int) -> "Keys":
         """The keys of a page table's requests."""
         (start, num_pages), kv_len = table.rows(), table.kv_len(page_size)
         kv_end = jnp.minimum(kv_len, num_pages * page_size)
-        return cls(table.indices, start, kv_len, kv_end, page_size)
+        end = jnp.clip(table.indptr[-1], 0, table.indices.size)
+        return cls(table.indices, start, kv_len, kv_end, page_size, end)
 
     def max_page(self, begin: int | Array) -> Array | None:
         """As `AttentionPlan.max_page`, of the keys from position begin [b] on."""
         if self.page_indices is None:
             return None
         entry = jnp.arange(self.page_indices.size, dtype=jnp.int32)
-        end = self.page_start + -(-self.kv_end // self.page_size)
-        if isinstance(begin, int):
-            # Requests lie one after the other.
-            used = (entry >= self.page_start[0]) & (entry < end.max())
-        else:
-            first = self.page_start + begin // self.page_size
+        used = entry < self.num_entries
+        if not isinstance(begin, int):
             request = jnp.searchsorted(self.page_start, entry, side="right") - 1
-            request = jnp.maximum(request, 0)
-            used = (entry >= first[request]) & (entry < end[request])
+            first = self.page_start + begin // self.page_size
+            used &= entry >= first[jnp.maximum(request, 0)]
         page = jnp.where(self.page_indices < 0, 2**31 - 1, self.page_indices)
         return jnp.max(jnp.where(used, page, 0), keepdims=True)
 

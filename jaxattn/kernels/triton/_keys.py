@@ -49,9 +49,9 @@ class Keys:
         return position + jnp.arange(self.source.block, dtype=jnp.int32)
 
     def load(
-        self, position: jax.Array, begin: jax.Array | None, end: jax.Array
+        self, position: jax.Array, begin: jax.Array | None, end: jax.Array, *, trusted: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """K [k, d] and V [k, dv] of the tokens from `position` on.
+        """K [k, d] and V [k, dv] of the tokens from `position` on; `trusted`: every page of theirs is in the cache.
 
         Values are zeros in tokens that do not exist: a product with a weight of 0 needs something finite. Keys are
         there whatever lies in a row of the cache; their scores are for the caller to mask.
@@ -64,21 +64,27 @@ class Keys:
             rows = (self.start + jnp.minimum(self.tokens(position), end - 1)) * strides.slot
         else:
             page_id, slot, known = self._pages(position, end)
-            exist &= known
-            rows = jnp.where(known, page_id, 0) * strides.page + slot * strides.slot
+            if not trusted:
+                exist &= known
+                page_id = jnp.clip(page_id, 0, self.source.num_pages - 1)
+            rows = page_id * strides.page + slot * strides.slot
         rows += self.head * strides.head
         return (
             _load_rows(self.k_ref, rows, None),
             _load_rows(self.v_ref, rows + strides.value, exist[:, None]),
         )
 
-    def exist(self, position: jax.Array, begin: jax.Array | None, end: jax.Array) -> jax.Array:
+    def exist(
+        self, position: jax.Array, begin: jax.Array | None, end: jax.Array, *, trusted: bool
+    ) -> jax.Array:
         """bool [k]: which tokens from `position` on lie in begin .. end - 1 (None: before end) and have a page.
 
         It looks their pages up again: an id that is used by more than addresses is not loaded ahead.
         """
         exist = self._between(position, begin, end)
-        return exist if self.indices_ref is None else exist & self._pages(position, end)[2]
+        if trusted or self.indices_ref is None:
+            return exist
+        return exist & self._pages(position, end)[2]
 
     def _between(self, position, begin, end):
         tokens = self.tokens(position)

@@ -129,14 +129,15 @@ def _attention_kernel(
         )
     else:
         limits = RowLimits.by_list(limits_ref, token, owned, kv_end)
-    # Where a page in use is none of the cache, no tile goes unmasked.
+    # Whether every page in use is in the cache.
     sound: jax.Array | bool = True
     if static.source.paged:
         sound = max_page_ref[0] < static.source.num_pages
 
-    def masked(s, position):
+    def masked(s, position, trusted):
         key = keys.tokens(position)
-        seen = jnp.broadcast_to(keys.exist(position, limits.first_begin, kv_end)[None, :], s.shape)
+        exist = keys.exist(position, limits.first_begin, kv_end, trusted=trusted)
+        seen = jnp.broadcast_to(exist[None, :], s.shape)
         for more in (limits.seen(key), None if bits is None else bits.seen(token, key)):
             seen = seen if more is None else seen & more
         return jnp.where(seen, s, -jnp.inf)
@@ -151,16 +152,18 @@ def _attention_kernel(
         x = static.score.logit(s, tanh)
         return modified(score_mods, x, *at, query_head[:, None], arrays)
 
-    def step(i, state):
-        position, plain = item.kv_begin + i * block_kv, sound
+    def step(i, state, trusted):
+        # Of pages that are not trusted, every tile is masked.
+        position, plain = item.kv_begin + i * block_kv, trusted or sound
         if bits is not None:
             position, all_set = bits.visit(position)
             plain = plain & all_set
-        k, v = keys.load(position, limits.first_begin, kv_end)
+        k, v = keys.load(position, limits.first_begin, kv_end, trusted=trusted)
         s = score(softmax.dot(q, k, trans_b=True), position)
         # Most tiles are seen in full by every row.
         plain = plain & limits.all_see(position, block_kv)
-        s = jax.lax.cond(plain, lambda s, _: s, masked, s, position)
+        mask = functools.partial(masked, trusted=trusted)
+        s = jax.lax.cond(plain, lambda s, _: s, mask, s, position)
         return softmax.update(state, s, v)
 
     # 3. The softmax over them. A sink is a logit that the first split has seen before.
@@ -172,7 +175,15 @@ def _attention_kernel(
     num_tiles = (jnp.minimum(item.kv_end, kv_end) - item.kv_begin + block_kv - 1) // block_kv
     if bits is not None:
         num_tiles = (item.kv_end - item.kv_begin) // block_kv
-    o, lse = softmax.finalize(jax.lax.fori_loop(0, num_tiles, step, state))
+    # A tall tile has no time for checks: it has one loop for tables that need them, and one without.
+    checked = 0
+    if static.source.paged:
+        checked = jnp.where(sound, 0, num_tiles) if tall else num_tiles
+        state = jax.lax.fori_loop(0, checked, functools.partial(step, trusted=False), state)
+    if tall or not static.source.paged:
+        trusted = functools.partial(step, trusted=True)
+        state = jax.lax.fori_loop(checked, num_tiles, trusted, state)
+    o, lse = softmax.finalize(state)
 
     # 4. A whole tile is the answer; a split one is a partial state.
     # Read again, the item's fields leave the loop above the registers that its rows would take there.
