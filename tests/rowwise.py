@@ -112,10 +112,13 @@ def make_append(
         append_indptr, table.kv_len(page_size), t
     )
     key, value = (normal((t, kv_heads, d), token_dtype, seed=i) for i in (1, 2))
-    cache = ja.PagedKVCache.zeros(
-        num_pages, page_size, kv_heads, d, dtype, layout=layout, combined=combined
+    cache = jax.eval_shape(
+        lambda: ja.PagedKVCache.zeros(
+            num_pages, page_size, kv_heads, d, dtype, layout=layout, combined=combined
+        )
     )
-    cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
+    # Not made of zeros first: those of a cache of 2^31 elements would take its gigabytes twice.
+    cache = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), cache)
     return Append(key, value, batch_indices, positions, cache, table)
 
 

@@ -564,8 +564,9 @@ def test_splits_gpu(splits):
 
 
 @pytest.mark.gpu
-def test_cache_beyond_2_31_elements_gpu():
+def test_cache_beyond_2_31_elements_gpu(gpu_memory):
     """Pages whose element offsets do not fit 32 bits: first, last, and around the boundary."""
+    gpu_memory(9)  # K and V of 2^31 elements of 2 bytes; donated, so once
     page_size, kh, d = 16, 8, 128
     num_pages = 2**31 // (page_size * kh * d) + 1000
     boundary = 2**31 // (page_size * kh * d)

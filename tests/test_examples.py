@@ -7,6 +7,7 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "demo.py")
 
 
@@ -24,4 +25,4 @@ def test_example_prints_what_it_says(path, capsys):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_readme_quotes_the_example(path):
-    assert f"\n```python\n{path.read_text()}```\n" in (ROOT / "README.md").read_text()
+    assert f"\n```python\n{path.read_text()}```\n" in README

@@ -78,7 +78,9 @@ def test_any_share_of_tokens_and_heads(config, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("t", [1, 16384])
+@pytest.mark.parametrize(
+    "t", [1, 4097]
+)  # 4097 x 103 heads x 128: 0.2 GB in float32, some five copies of it
 @pytest.mark.parametrize("heads,kv_heads,d,rotary_dim,dtype,is_neox,flat,in_place", CASES)
 def test_rope_on_gpu(t, heads, kv_heads, d, rotary_dim, dtype, is_neox, flat, in_place):
     check_rope(max(t, 3), heads, kv_heads, d, rotary_dim, dtype, is_neox, flat, in_place, None)
