@@ -178,20 +178,24 @@ def decode_among(lengths, *, page_size=16, kh=2, group=4, head_dim=64, backend, 
     block_table = jnp.asarray(block_table, jnp.int32)
     kv_len = jnp.asarray(lengths, jnp.int32)
     table = ja.PageTable.from_block_table(block_table, kv_len, page_size)
-    cache = ja.PagedKVCache.zeros(len(lengths) * width, page_size, kh, d, jnp.bfloat16)
     indptr = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
-    where = ja.get_batch_indices_positions(indptr, kv_len, sum(lengths))
-    k, v = (jnp.asarray(np.concatenate(x)).astype(jnp.bfloat16) for x in zip(*rows, strict=True))
-    cache = ja.append_paged_kv_cache(k, v, *where, cache, table)
-    plan = ja.plan_decode(
-        table,
-        page_size=page_size,
-        num_qo_heads=kh * group,
-        num_kv_heads=kh,
-        fixed_split_size=pages,
-    )
-    q = jnp.asarray(q).astype(jnp.bfloat16)
-    o, lse = ja.paged_decode(q, cache, plan, return_lse=True, backend=backend)
+    q, k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in (q, *map(np.concatenate, zip(*rows))))
+
+    @jax.jit
+    def decode(q, k, v, indptr, table):
+        cache = ja.PagedKVCache.zeros(len(lengths) * width, page_size, kh, d, jnp.bfloat16)
+        where = ja.get_batch_indices_positions(indptr, table.kv_len(page_size), k.shape[0])
+        cache = ja.append_paged_kv_cache(k, v, *where, cache, table)
+        plan = ja.plan_decode(
+            table,
+            page_size=page_size,
+            num_qo_heads=kh * group,
+            num_kv_heads=kh,
+            fixed_split_size=pages,
+        )
+        return ja.paged_decode(q, cache, plan, return_lse=True, backend=backend)
+
+    o, lse = decode(q, k, v, indptr, table)
     return o[0], lse[0]
 
 
@@ -215,19 +219,17 @@ def test_prefill_does_not_see_the_batch_either(splits):
     q = jnp.asarray(np.random.default_rng(0).standard_normal((60, 4 * kh, d), np.float32))
     q = q.astype(cache.dtype)
     alone = ja.PageTable(table.indptr[:2], table.indices, table.last_page_len[:1])
-    outputs = []
-    for pages, qo_indptr in ((table, [0, 3, 4, 60]), (alone, [0, 3])):
-        plan = ja.plan_prefill(
-            jnp.asarray(qo_indptr, jnp.int32),
-            pages,
-            page_size=16,
-            num_qo_tokens=qo_indptr[-1],
-            num_qo_heads=4 * kh,
-            num_kv_heads=kh,
-            **splits,
-        )
-        rows = q[: qo_indptr[-1]]
-        outputs.append(ja.paged_prefill(rows, cache, plan, return_lse=True, backend="interpret"))
+
+    @jax.jit
+    def prefill(q, qo_indptr, table):
+        heads = dict(num_qo_tokens=q.shape[0], num_qo_heads=4 * kh, num_kv_heads=kh)
+        plan = ja.plan_prefill(qo_indptr, table, page_size=16, **heads, **splits)
+        return ja.paged_prefill(q, cache, plan, return_lse=True, backend="interpret")
+
+    outputs = [
+        prefill(q[: qo_indptr[-1]], jnp.asarray(qo_indptr, jnp.int32), pages)
+        for pages, qo_indptr in ((table, [0, 3, 4, 60]), (alone, [0, 3]))
+    ]
     for among, by_itself in zip(*outputs, strict=True):
         assert same_bits(among[:3], by_itself)
 
@@ -271,16 +273,10 @@ def test_paged_prefill_of_few_rows(backend):
         paged = make_paged([300, 2, 0, 77], page_size=16, num_kv_heads=kv_heads)
         how = dict(group=3, num_sms=4)
         check_prefill(paged, [3, 2, 1, 1], jnp.bfloat16, backend=backend, causal=True, **how)
-        plan = ja.plan_prefill(
-            jnp.asarray([0, 3, 5, 6, 7], jnp.int32),
-            paged.table,
-            page_size=16,
-            num_qo_tokens=10,
-            num_qo_heads=3 * kv_heads,
-            num_kv_heads=kv_heads,
-            num_sms=4,
-        )
-        assert plan.block_rows == rows
+        heads = dict(num_qo_tokens=10, num_qo_heads=3 * kv_heads, num_kv_heads=kv_heads)
+        plan = functools.partial(ja.plan_prefill, page_size=16, num_sms=4, **heads)
+        qo_indptr = jnp.asarray([0, 3, 5, 6, 7], jnp.int32)
+        assert jax.eval_shape(plan, qo_indptr, paged.table).block_rows == rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -297,24 +293,16 @@ def test_ragged_prefill(layout, causal, backend):
     qo_indptr, kv_indptr = (
         jnp.asarray(np.concatenate([[0], np.cumsum(x)]), jnp.int32) for x in (qo_lens, kv_lens)
     )
-    plan = ja.plan_ragged_prefill(
-        qo_indptr,
-        kv_indptr,
-        num_qo_tokens=q.shape[0],
-        num_qo_heads=kh * group,
-        num_kv_heads=kh,
-        causal=causal,
-    )
     as_layout = (lambda x: x.swapaxes(0, 1)) if layout == "HND" else (lambda x: x)
-    o, lse = ja.ragged_prefill(
-        jnp.asarray(q).astype(dtype),
-        jnp.asarray(as_layout(k)).astype(dtype),
-        jnp.asarray(as_layout(v)).astype(dtype),
-        plan,
-        kv_layout=layout,
-        return_lse=True,
-        backend=backend,
-    )
+
+    @jax.jit
+    def prefill(q, k, v, qo_indptr, kv_indptr):
+        heads = dict(num_qo_tokens=q.shape[0], num_qo_heads=kh * group, num_kv_heads=kh)
+        plan = ja.plan_ragged_prefill(qo_indptr, kv_indptr, causal=causal, **heads)
+        return ja.ragged_prefill(q, k, v, plan, kv_layout=layout, return_lse=True, backend=backend)
+
+    arrays = (jnp.asarray(x.astype(dtype)) for x in (q, as_layout(k), as_layout(v)))
+    o, lse = prefill(*arrays, qo_indptr, kv_indptr)
     cuts = np.cumsum(kv_lens)
     ks, vs = np.split(k, cuts)[:-1], np.split(v, cuts)[:-1]
     compare_prefill(o, lse, q, qo_lens, ks, vs, dtype, d**-0.5, causal)

@@ -381,6 +381,7 @@ def test_rows_cut_off_from_q_move_nothing():
     _, cache, table = decode_arguments([24])
     q = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4, 64)), cache.dtype)
 
+    @functools.partial(jax.jit, static_argnames="backend")
     def prefill(q, backend):
         plan = ja.plan_prefill(
             jnp.asarray([0, 6], jnp.int32),
@@ -390,7 +391,7 @@ def test_rows_cut_off_from_q_move_nothing():
             num_qo_heads=4,
             num_kv_heads=2,
         )
-        return np.asarray(ja.paged_prefill(q, cache, plan, backend=backend).astype(jnp.float32))
+        return ja.paged_prefill(q, cache, plan, backend=backend).astype(jnp.float32)
 
     for backend in BACKENDS:
         np.testing.assert_allclose(prefill(q[:3], backend), prefill(q, backend)[:3], **ONE_ULP)
