@@ -13,6 +13,7 @@ from jaxattn.kernels.triton import attention as kernel
 from jaxattn.work_list import WorkItem
 
 BACKENDS = ["interpret", "xla"]
+SLOW_INTERPRETED = [pytest.param("interpret", marks=pytest.mark.slow), "xla"]
 
 
 def edge_lengths(page_size):
@@ -145,6 +146,7 @@ def test_splits(splits, group, head_dim, dtype):
     check_decode(paged, dtype, group=group, backend="interpret", **splits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize(
     "head_dim,dtype", [(64, jnp.bfloat16), (64, jnp.float32), (256, jnp.float32)]
@@ -206,6 +208,7 @@ def check_batch_invariance(own, batches, **how):
             assert same_bits(got, want)
 
 
+@pytest.mark.slow
 def test_fixed_splits_do_not_see_the_batch():
     """The same bits alone, among short requests and beside one that is much longer."""
     check_batch_invariance(333, [[1, 64, 65], [900], [0] * 40], backend="interpret")
@@ -266,7 +269,7 @@ def test_paged_prefill(page_size, kh, group, head_dim, dtype, layout, combined, 
     check_prefill(paged, qo_lens, dtype, group=group, backend=backend, causal=causal)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_paged_prefill_of_few_rows(backend):
     """Speculative verification: few rows a request, in the smallest tile where programs are few."""
     for kv_heads, rows in ((1, 16), (2, 64)):
@@ -308,7 +311,7 @@ def test_ragged_prefill(layout, causal, backend):
     compare_prefill(o, lse, q, qo_lens, ks, vs, dtype, d**-0.5, causal)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_fp16_values_of_several_hundred(backend):
     """Scores reach 10^7 and values 10^3: partial sums in float16 would overflow."""
     paged = make_paged([700, 33], page_size=16, dtype=jnp.float16, scale=300.0)
@@ -323,7 +326,7 @@ def test_sm_scale(backend):
     check_prefill(paged, [9, 5], jnp.bfloat16, group=2, backend=backend, causal=True, sm_scale=0.03)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_shared_pages(backend):
     """Two requests share a prefix; each equals itself alone."""
     paged = make_paged([48, 64], page_size=16, seed=7)
@@ -336,6 +339,7 @@ def test_shared_pages(backend):
     check_prefill(shared, [48, 7], jnp.bfloat16, group=4, backend=backend, causal=True)
 
 
+@pytest.mark.slow
 def test_many_states_are_merged_in_teams(monkeypatch):
     """Teams, and a last one that is not full: of few programs, of fixed splits, and of rows that fill wgmma's least."""
     monkeypatch.setattr(kernel, "has_wgmma", lambda: True)

@@ -139,6 +139,7 @@ def test_inputs_are_random_and_pages_permuted():
     np.testing.assert_array_equal(x.pages.table.kv_len(16), [33, 1, 70])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [c for c in SMOKE if c.op != "plan_decode"], ids=lambda c: c.id)
 def test_oracle_passes_ours_and_catches_one_wrong_row(small):
     x = make_inputs(small)
@@ -305,6 +306,7 @@ ROW_FIELDS = {
 }
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_what_the_schema_says(smoke_results):
     meta, rows = smoke_results["meta"], smoke_results["rows"]
     assert list(smoke_results) == ["meta", "rows"]
@@ -368,6 +370,7 @@ def test_the_pages_tell_what_the_results_hold():
     assert plots and all((root / plot).exists() for plot in plots)
 
 
+@pytest.mark.slow
 def test_report_fills_only_what_is_marked(smoke_results):
     tables = report.make_tables({"cpu": smoke_results})
     assert {"machine", "decode", "decode_step", "prefill", "rmsnorm"} <= set(tables)
@@ -464,6 +467,7 @@ def test_two_gpus_beside_each_other():
     assert "h200_speedup.png" in tables["plots"] and "h100_speedup.png" in tables["plots"]
 
 
+@pytest.mark.slow
 def test_plots_are_drawn(smoke_results, tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks.plots import draw

@@ -11,6 +11,7 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "demo.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_prints_what_it_says(path, capsys):
     if path.stem == "flax_nnx":

@@ -22,6 +22,7 @@ from jaxattn import reference
 from jaxattn.kernels.triton._heads import Config
 
 BACKENDS = ["interpret", "xla"]
+SLOW_INTERPRETED = [pytest.param("interpret", marks=pytest.mark.slow), "xla"]
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 
@@ -196,7 +197,7 @@ def test_scores_depend_on_distance_alone():
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_transforms(backend):
     q, k = normal((2, 3, 4, 32), bf16), normal((2, 3, 2, 32), bf16, seed=1)
     positions = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)

@@ -26,6 +26,7 @@ from jaxattn import reference
 from jaxattn.kernels.triton._heads import Config
 
 BACKENDS = ["interpret", "xla"]
+SLOW_INTERPRETED = [pytest.param("interpret", marks=pytest.mark.slow), "xla"]
 EPS = 1e-5
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 
@@ -195,7 +196,7 @@ def test_donated_cache_is_written_in_place(dtype, num_pages, combined):
     assert_no_copy(compile_in_place(op, (4,), *case.args))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 @pytest.mark.parametrize("combined", [False, True])
 def test_transforms(combined, backend):
     """A layer a time by vmap and by scan, the tokens of two KV heads on two devices."""
