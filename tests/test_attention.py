@@ -139,7 +139,12 @@ SPLITS = [dict(fixed_split_size=1), dict(fixed_split_size=7), dict(disable_split
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize(
     "group,head_dim,dtype",
-    [(4, 64, jnp.bfloat16), (7, 80, jnp.float32), (71, 64, jnp.bfloat16), (40, 256, jnp.float32)],
+    [
+        (4, 64, jnp.bfloat16),
+        (7, 80, jnp.float32),
+        pytest.param(71, 64, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(40, 256, jnp.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_splits(splits, group, head_dim, dtype):
     paged = make_paged(edge_lengths(16), page_size=16, head_dim=head_dim, dtype=dtype)

@@ -345,6 +345,7 @@ def test_triton_without_a_gpu_says_what_can_run():
         decode(q, cache, table, "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "interpret"])
 def test_numpy_arrays_and_x64(backend):
     """Index arrays may come from NumPy, and a program may run with 64-bit types enabled."""
