@@ -96,6 +96,7 @@ def test_tokens_stream_in_chunks(greedy):
     assert progress[0] == (7, 56) and progress[-1] == (56, 56) and len(progress) == 8
 
 
+@pytest.mark.slow
 def test_draws_follow_the_seed_alone():
     def draw(**how):
         options = dict(max_new_tokens=12, temperature=0.9, top_p=0.95) | how
@@ -394,6 +395,7 @@ def check_one_copy_of_the_cache(dtype):
     assert not re.findall(rf".*{cache_shape}\S* copy.*", program)
 
 
+@pytest.mark.slow
 def test_loop_holds_one_copy_of_the_cache():
     check_one_copy_of_the_cache(jnp.float32)
 
@@ -489,6 +491,7 @@ def test_cli_streams_text(checkpoint, capsys):
     assert "decode 39 tokens at" in progress and "s of compilation" in progress
 
 
+@pytest.mark.slow
 def test_cli_takes_a_file_of_prompts(checkpoint, tmp_path, capsys):
     (tmp_path / "prompts").write_text("One page.\n\nTwo pages, then.\n")
     arguments = ("--model", checkpoint, "--batch", tmp_path / "prompts", "--max-new-tokens", 3)
@@ -513,6 +516,7 @@ def test_cli_takes_token_ids_where_there_is_no_tokenizer(checkpoint, capsys):
         (checkpoint / "aside").rename(checkpoint / "tokenizer.json")
 
 
+@pytest.mark.slow
 def test_cli_stops_at_the_models_eos(checkpoint, capsys):
     config, params = llama.load(checkpoint)
     (tokens,) = generate(params, config, [[1, 2, 3]], max_new_tokens=6).tokens

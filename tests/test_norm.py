@@ -85,6 +85,7 @@ def test_norm(check, shape, dtype, weight_dtype, scale, backend):
     check(shape, dtype, weight_dtype, scale, backend)
 
 
+@pytest.mark.slow
 # Rows that share a program or not, whose last tile is full or not, that are kept whole or in part.
 @pytest.mark.parametrize("load_weight", typing.get_args(kernels.LoadWeight))
 @pytest.mark.parametrize("block_rows,kept_tiles", [(1, 4), (4, 4), (1, 1), (2, 1)])
