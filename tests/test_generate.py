@@ -32,6 +32,7 @@ def greedy() -> list[list[int]]:
     return generate(PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS).tokens
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_dense_attentions(greedy):
     assert list(map(len, greedy)) == LIMITS
     # If each token is dense attention's choice after those before it, its greedy tokens are these.
@@ -148,6 +149,7 @@ def test_lengths_of_like_size_compile_nothing(caplog):
     assert compilations(caplog, lambda: run([3, 20], eos_token_ids=[5])) == 0
 
 
+@pytest.mark.slow
 def test_any_lengths_compile_nothing_in_a_cache_of_given_size(caplog):
     sizes = Sizes(num_pages=20, max_context=64, prefill_chunk=8, stream_every=3)
 
@@ -168,6 +170,7 @@ def caches() -> list[jax.Array]:
     return [x for x in jax.live_arrays() if x.shape[1:] == page]
 
 
+@pytest.mark.slow
 def test_a_generator_keeps_its_cache(greedy, monkeypatch):
     made = []
 
@@ -230,6 +233,7 @@ def test_a_call_within_a_call(greedy):
     assert inner == [greedy] and outer.tokens == greedy
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_how_many_requests_there_are():
     def draw(prompts):
         return generate(PARAMS, CONFIG, prompts, max_new_tokens=12, temperature=0.9).tokens
@@ -504,6 +508,7 @@ def test_cli_takes_a_file_of_prompts(checkpoint, tmp_path, capsys):
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.slow
 def test_cli_takes_token_ids_where_there_is_no_tokenizer(checkpoint, capsys):
     (checkpoint / "tokenizer.json").rename(checkpoint / "aside")
     try:

@@ -159,6 +159,7 @@ def test_donated_buffers_are_reused(rows):
         assert_no_copy(compile_in_place(norm, range(len(args) - 1), *args))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transforms(backend):
     x, residual = normal((4, 6, 96), bf16), normal((4, 6, 96), bf16, seed=1)
