@@ -311,7 +311,7 @@ def _machine(runs: dict[str, Results], peaks: dict[str, float | None]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
         columns.append(
             {
-                "driver": meta["driver"],
+                "driver": str(meta["driver"]),
                 "software": versions,
                 "measured": f"{meta['date'][:10]}, `{meta['command']}`, {meta['seconds']:.0f} s",
                 "device copy, read + write": f"{ceilings['copy_gbps'] / 1e3:.2f} TB/s",
