@@ -1,4 +1,4 @@
-# `make demo` and `make test` need python3 and make, nothing else: everything goes into .venv.
+# `make demo`, `make fast` and `make test` need python3 and make, nothing else: everything goes into .venv.
 # A GPU machine names its extra: `make demo EXTRA=cuda12`.
 
 PYTHON ?= python3
@@ -9,10 +9,14 @@ comma := ,
 # The stamp carries the extras, so that another EXTRA installs what is missing.
 stamp = $(VENV)/installed-$(subst $(comma),-,$(1))
 
-.PHONY: demo test lint clean
+.PHONY: demo fast test lint clean
 
 demo: $(call stamp,models$(EXTRA:%=,%))
 	$(VENV)/bin/python examples/demo.py
+
+# What takes seconds: most of what a change can break.
+fast: $(call stamp,test$(EXTRA:%=,%))
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu"
 
 test: $(call stamp,test$(EXTRA:%=,%))
 	$(VENV)/bin/python -m pytest -n 2

@@ -1,6 +1,7 @@
-"""`python -m benchmarks report`: results as README tables and plots. Every number of the README comes from here.
+"""`python -m benchmarks report`: results as tables and plots. Every number of the README's tables comes from here.
 
-A table NAME goes between the lines `<!-- benchmarks:NAME -->` and `<!-- /benchmarks:NAME -->` of the README.
+A result file holds one GPU's run; several are shown beside each other. What is called NAME goes between the lines
+`<!-- benchmarks:NAME -->` and `<!-- /benchmarks:NAME -->` of each page that has them.
 """
 
 import argparse
@@ -44,33 +45,51 @@ PEAK_TBPS = {
     "NVIDIA GeForce RTX 4090": 1.008,
 }
 
+KEPT = Path(__file__).parent / "results"
+
 Row = dict[str, Any]
 Key = tuple[Any, ...]
+Results = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "results", type=Path, nargs="?", default=Path("benchmarks/results/h200.json")
+        "results", type=Path, nargs="*", help="JSON files of runs, one a GPU; default: those kept"
     )
-    parser.add_argument("--readme", type=Path, help="fill this file's marked tables")
+    parser.add_argument(
+        "--readme", type=Path, nargs="+", metavar="FILE", help="fill these files' marked tables"
+    )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write PNG files there")
     parser.add_argument(
-        "--peak-tbps", type=float, help="the GPU's peak memory bandwidth; default: by its name"
+        "--peak-tbps", type=float, help="the one GPU's peak memory bandwidth; default: by its name"
     )
 
 
 def main(options: argparse.Namespace) -> int:
-    results = json.loads(options.results.read_text())
-    tables = make_tables(results, options.peak_tbps)
-    if options.readme:
-        options.readme.write_text(fill(options.readme.read_text(), tables))
-    else:
+    runs = read(options.results)
+    if options.peak_tbps and len(runs) > 1:
+        raise ValueError(
+            f"--peak-tbps must be that of one result file's GPU; got {len(runs)} files"
+        )
+    tables = make_tables(runs, options.peak_tbps)
+    for page in options.readme or ():
+        page.write_text(fill(page.read_text(), tables))
+    if not options.readme:
         print("\n\n".join(f"### {name}\n\n{table}" for name, table in tables.items()))
     if options.plots:
         from benchmarks.plots import draw
 
-        draw(results, options.plots, stem=options.results.stem)
+        for stem, results in runs.items():
+            draw(results, options.plots, stem=stem)
     return 0
+
+
+def read(paths: Sequence[Path] = ()) -> dict[str, Results]:
+    """{a file's stem: what it holds}; without paths, the runs that are kept, from the last name on."""
+    paths = paths or sorted(KEPT.glob("*.json"), reverse=True)
+    if len({path.stem for path in paths}) < len(paths):
+        raise ValueError(f"result files must differ in name, which plots bear; got {paths}")
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
@@ -84,11 +103,23 @@ def fill(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def make_tables(results: dict[str, Any], peak_tbps: float | None = None) -> dict[str, str]:
-    """Markdown tables by name; those that would be empty are left out."""
+def make_tables(runs: dict[str, Results], peak_tbps: float | None = None) -> dict[str, str]:
+    """Markdown by name, of runs by their files' stems; what would be empty is left out."""
+    peaks = {stem: peak_tbps or PEAK_TBPS.get(run["meta"]["gpu"]) for stem, run in runs.items()}
+    tables = {"machine": _machine(runs, peaks), "plots": _plots(runs)}
+    own = [(run["meta"]["gpu"], _tables_of(run)) for run in runs.values()]
+    for name in dict.fromkeys(name for _, of_one in own for name in of_one):
+        parts = [f"**{gpu}**\n\n{of_one[name]}" for gpu, of_one in own if name in of_one]
+        tables[name] = "\n" + "\n\n".join(parts) + "\n"
+    if targets := _targets(runs, peaks):
+        tables["targets"] = targets
+    return tables
+
+
+def _tables_of(results: Results) -> dict[str, str]:
+    """The tables that speak of one run."""
     cases = by_case(results["rows"])
-    peak = peak_tbps or PEAK_TBPS.get(results["meta"]["gpu"])
-    tables = {"machine": _machine(results["meta"], peak)}
+    tables = {}
     if summary := _summary(cases):
         tables["summary"] = summary
     if loops := _loops(cases):
@@ -108,8 +139,6 @@ def make_tables(results: dict[str, Any], peak_tbps: float | None = None) -> dict
         own = {key: rows for key, rows in cases.items() if key[0] in ops}
         if own:
             tables[name] = _cases(own)
-    if peak:
-        tables["targets"] = _targets(cases, peak)
     if absent := _absent(results):
         tables["not_timed"] = absent
     return tables
@@ -244,48 +273,69 @@ def _summary(cases: dict[Key, dict[str, Row]]) -> str:
     return _markdown([*head, "least", "most"], lines) if lines else ""
 
 
-def _targets(cases: dict[Key, dict[str, Row]], peak_tbps: float) -> str:
-    """The seed's targets as a share of peak bandwidth, and the best case of ours."""
+def _targets(runs: dict[str, Results], peaks: dict[str, float | None]) -> str:
+    """The seed's targets as a share of each GPU's peak bandwidth, and the best case of ours there. Maybe empty."""
     lines = []
     for op, target in SEED_TARGETS.items():
-        ours = {
-            label(key, rows): rows[OURS]["gbps"] / 1e3
-            for key, rows in cases.items()
-            if key[0] == op and OURS in rows and rows[OURS]["ok"]
-        }
-        if not ours:
-            continue
-        case = max(ours, key=ours.__getitem__)
         share = target / A100_PEAK_TBPS
-        lines.append(
-            [
-                op,
-                f"{target} TB/s, {share:.0%}",
-                f"{share * peak_tbps:.2f} TB/s",
-                f"{ours[case]:.2f} TB/s, {ours[case] / peak_tbps:.0%} ({case})",
-                "met" if ours[case] >= share * peak_tbps else "missed",
-            ]
+        for stem, run in runs.items():
+            ours = {
+                label(key, rows): rows[OURS]["gbps"] / 1e3
+                for key, rows in by_case(run["rows"]).items()
+                if key[0] == op and OURS in rows and rows[OURS]["ok"]
+            }
+            peak = peaks[stem]
+            if not ours or not peak:
+                continue
+            case = max(ours, key=ours.__getitem__)
+            lines.append(
+                [
+                    op,
+                    f"{target} TB/s, {share:.0%}",
+                    run["meta"]["gpu"],
+                    f"{share * peak:.2f} of {peak} TB/s",
+                    f"{ours[case]:.2f} TB/s, {ours[case] / peak:.0%} ({case})",
+                    "met" if ours[case] >= share * peak else "missed",
+                ]
+            )
+    head = ["kernel", f"target, of an A100's {A100_PEAK_TBPS} TB/s", "GPU", "the same share of it"]
+    return _markdown([*head, "best case", "verdict"], lines) if lines else ""
+
+
+def _machine(runs: dict[str, Results], peaks: dict[str, float | None]) -> str:
+    """A column a GPU: what ran there, and the ceilings that were measured."""
+    columns = []
+    for stem, run in runs.items():
+        meta = run["meta"]
+        ceilings, peak = meta["ceilings"], peaks[stem]
+        versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+        columns.append(
+            {
+                "driver": str(meta["driver"]),
+                "software": versions,
+                "measured": f"{meta['date'][:10]}, `{meta['command']}`, {meta['seconds']:.0f} s",
+                "device copy, read + write": f"{ceilings['copy_gbps'] / 1e3:.2f} TB/s",
+                "sum of an array, read": f"{ceilings['read_gbps'] / 1e3:.2f} TB/s",
+                "bfloat16 matrix product": f"{ceilings['matmul_tflops']:.0f} TFLOP/s",
+                "peak memory bandwidth, datasheet": f"{peak} TB/s" if peak else "–",
+            }
         )
-    head = ["kernel", f"target, of an A100's {A100_PEAK_TBPS} TB/s"]
-    return _markdown([*head, f"the same share of {peak_tbps} TB/s", "best case", "verdict"], lines)
+    lines = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return _markdown(["GPU", *(run["meta"]["gpu"] for run in runs.values())], lines)
 
 
-def _machine(meta: dict[str, Any], peak_tbps: float | None) -> str:
-    ceilings = meta["ceilings"]
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    lines = [
-        ["GPU", f"{meta['gpu']}, driver {meta['driver']}"],
-        ["software", versions],
-        ["measured", f"{meta['date'][:10]}, `{meta['command']}`, {meta['seconds']:.0f} s"],
-        ["device copy, read + write", f"{ceilings['copy_gbps'] / 1e3:.2f} TB/s"],
-        ["sum of an array, read", f"{ceilings['read_gbps'] / 1e3:.2f} TB/s"],
-        ["bfloat16 matrix product", f"{ceilings['matmul_tflops']:.0f} TFLOP/s"],
-    ]
-    lines += [["peak memory bandwidth, datasheet", f"{peak_tbps} TB/s"]] if peak_tbps else []
-    return _markdown(["", ""], lines)
+def _plots(runs: dict[str, Results]) -> str:
+    """The plots of each run, as the README links them."""
+    plots = dict(roofline="Share of the roof by case", speedup="Speed-up over FlashInfer")
+    plots["decode_step"] = "Decode step latency"
+    return "\n".join(
+        f"![{title}, {run['meta']['gpu']}](benchmarks/results/{stem}_{plot}.png)"
+        for plot, title in plots.items()
+        for stem, run in runs.items()
+    )
 
 
-def _absent(results: dict[str, Any]) -> str:
+def _absent(results: Results) -> str:
     """What ran and was not timed, with the reason; empty if nothing."""
     lines = [
         [row["op"], row["case"], row["provider"], row["failure"].replace("|", "/")]

@@ -1,7 +1,24 @@
-"""What every test runs under: strict promotion, two CPU devices, GPU tests only on a GPU."""
+"""What every test runs under: strict promotion, two CPU devices, a cheap compiler on a CPU, a GPU shared by workers."""
+
+import os
+from pathlib import Path
 
 import jax
 import pytest
+
+ON_GPU = Path("/dev/nvidiactl").exists() and os.environ.get("JAX_PLATFORMS") != "cpu"
+if ON_GPU:
+    # Of a GPU, each worker takes what its tests use, not three quarters of the card at its start. A pool keeps what
+    # it once took, so what counts is the largest test of each worker: most stay below 5 GB, the three whose arrays
+    # pass 2^31 elements below 14 GB. With 6 workers that is 3 x 14 + 3 x 5 = 57 GB and 6 CUDA contexts of 0.6 GB.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+else:
+    # Interpreted kernels run for milliseconds and compile for seconds: LLVM need not optimise, nor start threads, and
+    # the older emitter of fusions takes half as long as the MLIR one (which JAX 0.11 and later cannot go without).
+    flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.__version_info__ < (0, 11):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 # A GPU machine keeps its platform; its CPU is then not the default and needs no second device.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -17,3 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         for item in marked:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def gpu_memory():
+    """gpu_memory(gigabytes): skips a test that needs more than this GPU has."""
+
+    def need(gigabytes: float) -> None:
+        limit = jax.devices()[0].memory_stats()["bytes_limit"] / 1e9
+        if limit < gigabytes:
+            pytest.skip(f"needs {gigabytes} GB of GPU memory; JAX may take {limit:.0f} GB here")
+
+    return need

@@ -49,7 +49,10 @@ def same(a, b):
 
 def compile_in_place(fn, donated, *args):
     """`fn`, compiled with these arguments donated; its results must take all their memory."""
-    compiled = jax.jit(fn, donate_argnums=donated).lower(*args).compile()
+    # As users compile it: the emitter that conftest.py takes for interpreted kernels needs memory of its own.
+    options = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+    lowered = jax.jit(fn, donate_argnums=donated).lower(*args)
+    compiled = lowered.compile(compiler_options=options)
     size = sum(x.size * x.dtype.itemsize for i in donated for x in jax.tree.leaves(args[i]))
     assert compiled.memory_analysis().alias_size_in_bytes == size
     return compiled
@@ -112,10 +115,13 @@ def make_append(
         append_indptr, table.kv_len(page_size), t
     )
     key, value = (normal((t, kv_heads, d), token_dtype, seed=i) for i in (1, 2))
-    cache = ja.PagedKVCache.zeros(
-        num_pages, page_size, kv_heads, d, dtype, layout=layout, combined=combined
+    cache = jax.eval_shape(
+        lambda: ja.PagedKVCache.zeros(
+            num_pages, page_size, kv_heads, d, dtype, layout=layout, combined=combined
+        )
     )
-    cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
+    # Not made of zeros first: those of a cache of 2^31 elements would take its gigabytes twice.
+    cache = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), cache)
     return Append(key, value, batch_indices, positions, cache, table)
 
 

@@ -13,6 +13,7 @@ from jaxattn.kernels.triton import attention as kernel
 from jaxattn.work_list import WorkItem
 
 BACKENDS = ["interpret", "xla"]
+SLOW_INTERPRETED = [pytest.param("interpret", marks=pytest.mark.slow), "xla"]
 
 
 def edge_lengths(page_size):
@@ -138,13 +139,19 @@ SPLITS = [dict(fixed_split_size=1), dict(fixed_split_size=7), dict(disable_split
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize(
     "group,head_dim,dtype",
-    [(4, 64, jnp.bfloat16), (7, 80, jnp.float32), (71, 64, jnp.bfloat16), (40, 256, jnp.float32)],
+    [
+        (4, 64, jnp.bfloat16),
+        (7, 80, jnp.float32),
+        pytest.param(71, 64, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(40, 256, jnp.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_splits(splits, group, head_dim, dtype):
     paged = make_paged(edge_lengths(16), page_size=16, head_dim=head_dim, dtype=dtype)
     check_decode(paged, dtype, group=group, backend="interpret", **splits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize(
     "head_dim,dtype", [(64, jnp.bfloat16), (64, jnp.float32), (256, jnp.float32)]
@@ -178,20 +185,24 @@ def decode_among(lengths, *, page_size=16, kh=2, group=4, head_dim=64, backend, 
     block_table = jnp.asarray(block_table, jnp.int32)
     kv_len = jnp.asarray(lengths, jnp.int32)
     table = ja.PageTable.from_block_table(block_table, kv_len, page_size)
-    cache = ja.PagedKVCache.zeros(len(lengths) * width, page_size, kh, d, jnp.bfloat16)
     indptr = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
-    where = ja.get_batch_indices_positions(indptr, kv_len, sum(lengths))
-    k, v = (jnp.asarray(np.concatenate(x)).astype(jnp.bfloat16) for x in zip(*rows, strict=True))
-    cache = ja.append_paged_kv_cache(k, v, *where, cache, table)
-    plan = ja.plan_decode(
-        table,
-        page_size=page_size,
-        num_qo_heads=kh * group,
-        num_kv_heads=kh,
-        fixed_split_size=pages,
-    )
-    q = jnp.asarray(q).astype(jnp.bfloat16)
-    o, lse = ja.paged_decode(q, cache, plan, return_lse=True, backend=backend)
+    q, k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in (q, *map(np.concatenate, zip(*rows))))
+
+    @jax.jit
+    def decode(q, k, v, indptr, table):
+        cache = ja.PagedKVCache.zeros(len(lengths) * width, page_size, kh, d, jnp.bfloat16)
+        where = ja.get_batch_indices_positions(indptr, table.kv_len(page_size), k.shape[0])
+        cache = ja.append_paged_kv_cache(k, v, *where, cache, table)
+        plan = ja.plan_decode(
+            table,
+            page_size=page_size,
+            num_qo_heads=kh * group,
+            num_kv_heads=kh,
+            fixed_split_size=pages,
+        )
+        return ja.paged_decode(q, cache, plan, return_lse=True, backend=backend)
+
+    o, lse = decode(q, k, v, indptr, table)
     return o[0], lse[0]
 
 
@@ -202,6 +213,7 @@ def check_batch_invariance(own, batches, **how):
             assert same_bits(got, want)
 
 
+@pytest.mark.slow
 def test_fixed_splits_do_not_see_the_batch():
     """The same bits alone, among short requests and beside one that is much longer."""
     check_batch_invariance(333, [[1, 64, 65], [900], [0] * 40], backend="interpret")
@@ -215,19 +227,17 @@ def test_prefill_does_not_see_the_batch_either(splits):
     q = jnp.asarray(np.random.default_rng(0).standard_normal((60, 4 * kh, d), np.float32))
     q = q.astype(cache.dtype)
     alone = ja.PageTable(table.indptr[:2], table.indices, table.last_page_len[:1])
-    outputs = []
-    for pages, qo_indptr in ((table, [0, 3, 4, 60]), (alone, [0, 3])):
-        plan = ja.plan_prefill(
-            jnp.asarray(qo_indptr, jnp.int32),
-            pages,
-            page_size=16,
-            num_qo_tokens=qo_indptr[-1],
-            num_qo_heads=4 * kh,
-            num_kv_heads=kh,
-            **splits,
-        )
-        rows = q[: qo_indptr[-1]]
-        outputs.append(ja.paged_prefill(rows, cache, plan, return_lse=True, backend="interpret"))
+
+    @jax.jit
+    def prefill(q, qo_indptr, table):
+        heads = dict(num_qo_tokens=q.shape[0], num_qo_heads=4 * kh, num_kv_heads=kh)
+        plan = ja.plan_prefill(qo_indptr, table, page_size=16, **heads, **splits)
+        return ja.paged_prefill(q, cache, plan, return_lse=True, backend="interpret")
+
+    outputs = [
+        prefill(q[: qo_indptr[-1]], jnp.asarray(qo_indptr, jnp.int32), pages)
+        for pages, qo_indptr in ((table, [0, 3, 4, 60]), (alone, [0, 3]))
+    ]
     for among, by_itself in zip(*outputs, strict=True):
         assert same_bits(among[:3], by_itself)
 
@@ -264,23 +274,17 @@ def test_paged_prefill(page_size, kh, group, head_dim, dtype, layout, combined, 
     check_prefill(paged, qo_lens, dtype, group=group, backend=backend, causal=causal)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_paged_prefill_of_few_rows(backend):
     """Speculative verification: few rows a request, in the smallest tile where programs are few."""
     for kv_heads, rows in ((1, 16), (2, 64)):
         paged = make_paged([300, 2, 0, 77], page_size=16, num_kv_heads=kv_heads)
         how = dict(group=3, num_sms=4)
         check_prefill(paged, [3, 2, 1, 1], jnp.bfloat16, backend=backend, causal=True, **how)
-        plan = ja.plan_prefill(
-            jnp.asarray([0, 3, 5, 6, 7], jnp.int32),
-            paged.table,
-            page_size=16,
-            num_qo_tokens=10,
-            num_qo_heads=3 * kv_heads,
-            num_kv_heads=kv_heads,
-            num_sms=4,
-        )
-        assert plan.block_rows == rows
+        heads = dict(num_qo_tokens=10, num_qo_heads=3 * kv_heads, num_kv_heads=kv_heads)
+        plan = functools.partial(ja.plan_prefill, page_size=16, num_sms=4, **heads)
+        qo_indptr = jnp.asarray([0, 3, 5, 6, 7], jnp.int32)
+        assert jax.eval_shape(plan, qo_indptr, paged.table).block_rows == rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -297,30 +301,22 @@ def test_ragged_prefill(layout, causal, backend):
     qo_indptr, kv_indptr = (
         jnp.asarray(np.concatenate([[0], np.cumsum(x)]), jnp.int32) for x in (qo_lens, kv_lens)
     )
-    plan = ja.plan_ragged_prefill(
-        qo_indptr,
-        kv_indptr,
-        num_qo_tokens=q.shape[0],
-        num_qo_heads=kh * group,
-        num_kv_heads=kh,
-        causal=causal,
-    )
     as_layout = (lambda x: x.swapaxes(0, 1)) if layout == "HND" else (lambda x: x)
-    o, lse = ja.ragged_prefill(
-        jnp.asarray(q).astype(dtype),
-        jnp.asarray(as_layout(k)).astype(dtype),
-        jnp.asarray(as_layout(v)).astype(dtype),
-        plan,
-        kv_layout=layout,
-        return_lse=True,
-        backend=backend,
-    )
+
+    @jax.jit
+    def prefill(q, k, v, qo_indptr, kv_indptr):
+        heads = dict(num_qo_tokens=q.shape[0], num_qo_heads=kh * group, num_kv_heads=kh)
+        plan = ja.plan_ragged_prefill(qo_indptr, kv_indptr, causal=causal, **heads)
+        return ja.ragged_prefill(q, k, v, plan, kv_layout=layout, return_lse=True, backend=backend)
+
+    arrays = (jnp.asarray(x.astype(dtype)) for x in (q, as_layout(k), as_layout(v)))
+    o, lse = prefill(*arrays, qo_indptr, kv_indptr)
     cuts = np.cumsum(kv_lens)
     ks, vs = np.split(k, cuts)[:-1], np.split(v, cuts)[:-1]
     compare_prefill(o, lse, q, qo_lens, ks, vs, dtype, d**-0.5, causal)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_fp16_values_of_several_hundred(backend):
     """Scores reach 10^7 and values 10^3: partial sums in float16 would overflow."""
     paged = make_paged([700, 33], page_size=16, dtype=jnp.float16, scale=300.0)
@@ -335,7 +331,7 @@ def test_sm_scale(backend):
     check_prefill(paged, [9, 5], jnp.bfloat16, group=2, backend=backend, causal=True, sm_scale=0.03)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_shared_pages(backend):
     """Two requests share a prefix; each equals itself alone."""
     paged = make_paged([48, 64], page_size=16, seed=7)
@@ -348,6 +344,7 @@ def test_shared_pages(backend):
     check_prefill(shared, [48, 7], jnp.bfloat16, group=4, backend=backend, causal=True)
 
 
+@pytest.mark.slow
 def test_many_states_are_merged_in_teams(monkeypatch):
     """Teams, and a last one that is not full: of few programs, of fixed splits, and of rows that fill wgmma's least."""
     monkeypatch.setattr(kernel, "has_wgmma", lambda: True)
@@ -564,8 +561,9 @@ def test_splits_gpu(splits):
 
 
 @pytest.mark.gpu
-def test_cache_beyond_2_31_elements_gpu():
+def test_cache_beyond_2_31_elements_gpu(gpu_memory):
     """Pages whose element offsets do not fit 32 bits: first, last, and around the boundary."""
+    gpu_memory(9)  # K and V of 2^31 elements of 2 bytes; donated, so once
     page_size, kh, d = 16, 8, 128
     num_pages = 2**31 // (page_size * kh * d) + 1000
     boundary = 2**31 // (page_size * kh * d)

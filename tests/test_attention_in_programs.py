@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxattn as ja
 
 BACKENDS = ["interpret", "xla"]
+SLOW_INTERPRETED = [pytest.param("interpret", marks=pytest.mark.slow), "xla"]
 
 # The same computation in another program: a float32 difference may tip a bfloat16 rounding.
 ONE_ULP = dict(rtol=2**-7, atol=1e-5)
@@ -37,6 +38,7 @@ def decode(q, cache, table, backend="interpret"):
     return ja.paged_decode(q, cache, plan, return_lse=True, backend=backend)
 
 
+@pytest.mark.slow
 def test_page_order_changes_nothing():
     """The same tokens on other pages give the same bits."""
     q, cache, table = decode_arguments([40, 17, 300])
@@ -49,6 +51,7 @@ def test_page_order_changes_nothing():
         assert same_bits(a, b)
 
 
+@pytest.mark.slow
 def test_decode_is_the_last_row_of_prefill():
     """To the bit or nearly, where both take the same tile: that of few rows and few programs."""
     q, cache, table = decode_arguments([33, 1, 200], num_kv_heads=1)
@@ -104,7 +107,7 @@ def test_vmap_prefill(backend):
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_scan_and_while(backend):
     """The plan is made inside the loop, from lengths that the loop carries."""
     q, cache, _ = decode_arguments([64, 64])
@@ -176,7 +179,7 @@ def assert_close(ours, want):
         np.testing.assert_allclose(a, b, **ONE_ULP)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_prefill_transforms(backend):
     """Every argument batched under vmap and scan, and lengths that a while loop carries."""
     q, qo_indptr, cache, table, k, v = prefill_arguments()
@@ -198,7 +201,7 @@ def test_prefill_transforms(backend):
     assert_close(last, run(q, jnp.asarray([1, 4, 8], jnp.int32), cache, table, k, v))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_prefill_under_shard_map_over_kv_heads(backend):
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
@@ -342,6 +345,7 @@ def test_triton_without_a_gpu_says_what_can_run():
         decode(q, cache, table, "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "interpret"])
 def test_numpy_arrays_and_x64(backend):
     """Index arrays may come from NumPy, and a program may run with 64-bit types enabled."""
@@ -358,7 +362,7 @@ def test_numpy_arrays_and_x64(backend):
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_nothing_to_attend_to(backend):
     """No query tokens; and requests without any page or key."""
     _, cache, _ = decode_arguments([16])
@@ -376,11 +380,13 @@ def test_nothing_to_attend_to(backend):
     assert not np.asarray(o.astype(jnp.float32)).any()
 
 
+@pytest.mark.slow
 def test_rows_cut_off_from_q_move_nothing():
     """With fewer rows in q than qo_indptr speaks of, the rows that are there stay what they were."""
     _, cache, table = decode_arguments([24])
     q = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4, 64)), cache.dtype)
 
+    @functools.partial(jax.jit, static_argnames="backend")
     def prefill(q, backend):
         plan = ja.plan_prefill(
             jnp.asarray([0, 6], jnp.int32),
@@ -390,7 +396,7 @@ def test_rows_cut_off_from_q_move_nothing():
             num_qo_heads=4,
             num_kv_heads=2,
         )
-        return np.asarray(ja.paged_prefill(q, cache, plan, backend=backend).astype(jnp.float32))
+        return ja.paged_prefill(q, cache, plan, backend=backend).astype(jnp.float32)
 
     for backend in BACKENDS:
         np.testing.assert_allclose(prefill(q[:3], backend), prefill(q, backend)[:3], **ONE_ULP)

@@ -16,6 +16,7 @@ def check_demo(tmp_path, capsys):
     assert "Paged and dense attention agree." in out and "tokens/s" in out
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, capsys):
     check_demo(tmp_path, capsys)
 
@@ -25,6 +26,7 @@ def test_demo_on_a_gpu(tmp_path, capsys):
     check_demo(tmp_path, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_judge_sees_a_wrong_token(dtype):
     params = random_params(CONFIG, dtype)

@@ -202,6 +202,7 @@ def test_single_request_without_keys():
     assert not ja.single_prefill_with_kv_cache(q, nothing, nothing).any()
 
 
+@pytest.mark.slow
 def test_scales():
     """Those of q and k multiply the scores', that of v the output."""
     dtype = jnp.bfloat16

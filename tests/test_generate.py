@@ -32,6 +32,7 @@ def greedy() -> list[list[int]]:
     return generate(PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS).tokens
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_dense_attentions(greedy):
     assert list(map(len, greedy)) == LIMITS
     # If each token is dense attention's choice after those before it, its greedy tokens are these.
@@ -96,6 +97,7 @@ def test_tokens_stream_in_chunks(greedy):
     assert progress[0] == (7, 56) and progress[-1] == (56, 56) and len(progress) == 8
 
 
+@pytest.mark.slow
 def test_draws_follow_the_seed_alone():
     def draw(**how):
         options = dict(max_new_tokens=12, temperature=0.9, top_p=0.95) | how
@@ -147,6 +149,7 @@ def test_lengths_of_like_size_compile_nothing(caplog):
     assert compilations(caplog, lambda: run([3, 20], eos_token_ids=[5])) == 0
 
 
+@pytest.mark.slow
 def test_any_lengths_compile_nothing_in_a_cache_of_given_size(caplog):
     sizes = Sizes(num_pages=20, max_context=64, prefill_chunk=8, stream_every=3)
 
@@ -167,6 +170,7 @@ def caches() -> list[jax.Array]:
     return [x for x in jax.live_arrays() if x.shape[1:] == page]
 
 
+@pytest.mark.slow
 def test_a_generator_keeps_its_cache(greedy, monkeypatch):
     made = []
 
@@ -229,6 +233,7 @@ def test_a_call_within_a_call(greedy):
     assert inner == [greedy] and outer.tokens == greedy
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_how_many_requests_there_are():
     def draw(prompts):
         return generate(PARAMS, CONFIG, prompts, max_new_tokens=12, temperature=0.9).tokens
@@ -394,6 +399,7 @@ def check_one_copy_of_the_cache(dtype):
     assert not re.findall(rf".*{cache_shape}\S* copy.*", program)
 
 
+@pytest.mark.slow
 def test_loop_holds_one_copy_of_the_cache():
     check_one_copy_of_the_cache(jnp.float32)
 
@@ -489,6 +495,7 @@ def test_cli_streams_text(checkpoint, capsys):
     assert "decode 39 tokens at" in progress and "s of compilation" in progress
 
 
+@pytest.mark.slow
 def test_cli_takes_a_file_of_prompts(checkpoint, tmp_path, capsys):
     (tmp_path / "prompts").write_text("One page.\n\nTwo pages, then.\n")
     arguments = ("--model", checkpoint, "--batch", tmp_path / "prompts", "--max-new-tokens", 3)
@@ -501,6 +508,7 @@ def test_cli_takes_a_file_of_prompts(checkpoint, tmp_path, capsys):
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.slow
 def test_cli_takes_token_ids_where_there_is_no_tokenizer(checkpoint, capsys):
     (checkpoint / "tokenizer.json").rename(checkpoint / "aside")
     try:
@@ -513,6 +521,7 @@ def test_cli_takes_token_ids_where_there_is_no_tokenizer(checkpoint, capsys):
         (checkpoint / "aside").rename(checkpoint / "tokenizer.json")
 
 
+@pytest.mark.slow
 def test_cli_stops_at_the_models_eos(checkpoint, capsys):
     config, params = llama.load(checkpoint)
     (tokens,) = generate(params, config, [[1, 2, 3]], max_new_tokens=6).tokens

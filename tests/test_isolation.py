@@ -10,6 +10,7 @@ import jaxattn as ja
 
 i32 = lambda x: jnp.asarray(x, jnp.int32)
 BACKENDS = ["interpret", "xla", pytest.param(None, marks=pytest.mark.gpu, id="gpu")]
+SLOW_INTERPRETED = [pytest.param("interpret", marks=pytest.mark.slow), *BACKENDS[1:]]
 NUM_PAGES, PAGE, KH, D = 12, 4, 1, 64
 
 
@@ -94,7 +95,7 @@ def test_one_decode_step_too_many_writes_nowhere(backend, combined):
 
 
 @pytest.mark.parametrize("bad", [-1, NUM_PAGES, 1000, 2**31 - 1, -(2**31)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_pages_outside_the_cache_are_absent(backend, bad):
     """In the middle of a request, so that keys on both sides of it remain; for short tiles and tall ones."""
     kv, cache = random_cache()
@@ -133,7 +134,7 @@ def test_a_tall_tile_with_an_absent_page(backend):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("what", ["k", "v"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_one_request_s_nan_stays_its_own(backend, what, poison):
     kv, cache = random_cache()
     rows, lengths = [[0, 1], [2, 3], [4, 5]], [7, 5, 8]
@@ -252,6 +253,7 @@ def test_scores_in_the_hundred_thousands(backend):
     assert np.abs(np.asarray(o) - truth).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_derivative_of_a_derivative():
     plan = ja.plan_ragged_prefill(
         i32([0, 3]), i32([0, 3]), num_qo_tokens=3, num_qo_heads=1, num_kv_heads=1

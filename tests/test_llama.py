@@ -59,6 +59,7 @@ def test_logits_are_dense_attentions(config, how):
         np.testing.assert_allclose(ours, truth, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_logits_in_float16():
     params = random_params(CONFIG, jnp.float16)
     (tokens,) = requests = random_prompts([20])

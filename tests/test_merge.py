@@ -190,6 +190,7 @@ def test_bases_agree():
     np.testing.assert_allclose(np.asarray(s_ln), np.asarray(s_log2) * math.log(2), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pieces_make_the_whole(backend):
     """Softmax over 60 keys, in pieces of any size, merged in any order."""

@@ -85,6 +85,7 @@ def test_norm(check, shape, dtype, weight_dtype, scale, backend):
     check(shape, dtype, weight_dtype, scale, backend)
 
 
+@pytest.mark.slow
 # Rows that share a program or not, whose last tile is full or not, that are kept whole or in part.
 @pytest.mark.parametrize("load_weight", typing.get_args(kernels.LoadWeight))
 @pytest.mark.parametrize("block_rows,kept_tiles", [(1, 4), (4, 4), (1, 1), (2, 1)])
@@ -158,6 +159,7 @@ def test_donated_buffers_are_reused(rows):
         assert_no_copy(compile_in_place(norm, range(len(args) - 1), *args))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transforms(backend):
     x, residual = normal((4, 6, 96), bf16), normal((4, 6, 96), bf16, seed=1)

@@ -22,6 +22,7 @@ from jaxattn import reference
 from jaxattn.kernels.triton._heads import Config
 
 BACKENDS = ["interpret", "xla"]
+SLOW_INTERPRETED = [pytest.param("interpret", marks=pytest.mark.slow), "xla"]
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 
@@ -36,7 +37,8 @@ def check_rope(t, heads, kv_heads, d, rotary_dim, dtype, is_neox, flat, in_place
     if flat:
         q, k = q.reshape(t, -1), k.reshape(t, -1)
     op = ja.apply_rope_with_cos_sin_cache_inplace if in_place else ja.apply_rope_with_cos_sin_cache
-    rotated = op(positions, q, k, d, table, is_neox, backend=backend)
+    op = jax.jit(functools.partial(op, head_size=d, is_neox=is_neox, backend=backend))
+    rotated = op(positions, q, k, cos_sin_cache=table)
     for x, y, want in zip((q, k), rotated, truth, strict=True):
         assert y.shape == x.shape
         x, y, want = (
@@ -78,7 +80,9 @@ def test_any_share_of_tokens_and_heads(config, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("t", [1, 16384])
+@pytest.mark.parametrize(
+    "t", [1, 4097]
+)  # 4097 x 103 heads x 128: 0.2 GB in float32, some five copies of it
 @pytest.mark.parametrize("heads,kv_heads,d,rotary_dim,dtype,is_neox,flat,in_place", CASES)
 def test_rope_on_gpu(t, heads, kv_heads, d, rotary_dim, dtype, is_neox, flat, in_place):
     check_rope(max(t, 3), heads, kv_heads, d, rotary_dim, dtype, is_neox, flat, in_place, None)
@@ -194,7 +198,7 @@ def test_scores_depend_on_distance_alone():
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_transforms(backend):
     q, k = normal((2, 3, 4, 32), bf16), normal((2, 3, 2, 32), bf16, seed=1)
     positions = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
@@ -237,8 +241,8 @@ def test_gradient_is_the_references(backend):
         q, k = ja.apply_rope_pos_ids(q, k, positions, 16, backend=backend)
         return jnp.sum(q**3) + jnp.sum(k**3)
 
-    ours = jax.grad(loss, argnums=(0, 1))(q, k, backend)
-    want = jax.grad(loss, argnums=(0, 1))(q, k, "xla")
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    ours, want = grad(q, k, backend), grad(q, k, "xla")
     for a, b in zip(ours, want, strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
 
