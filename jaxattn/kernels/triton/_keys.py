@@ -66,7 +66,7 @@ class Keys:
             page_id, slot, known = self._pages(position, end)
             if not trusted:
                 exist &= known
-                page_id = jnp.clip(page_id, 0, self.source.num_pages - 1)
+                page_id = jnp.clip(page_id, 0, (self.source.num_pages or 1) - 1)
             rows = page_id * strides.page + slot * strides.slot
         rows += self.head * strides.head
         return (

@@ -17,6 +17,7 @@ Grid: (kh, w, parts), KV heads fastest: neighbours read one page together.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +177,7 @@ def _attention_kernel(
     if bits is not None:
         num_tiles = (item.kv_end - item.kv_begin) // block_kv
     # A tall tile has no time for checks: it has one loop for tables that need them, and one without.
-    checked = 0
+    checked: Any = 0
     if static.source.paged:
         checked = jnp.where(sound, 0, num_tiles) if tall else num_tiles
         state = jax.lax.fori_loop(0, checked, functools.partial(step, trusted=False), state)
