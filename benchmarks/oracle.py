@@ -193,7 +193,8 @@ def _is_sound(case: Plan, pages: Pages, outputs: Sequence[Array]) -> bool:
     keys, start = (np.repeat(a, group) for a in (case.kv_lens, pages.indptr[:-1]))
     # Slices would be cut at the bounds, and what lies beyond them go unseen.
     columns = WorkItem(*rows.T)
-    sound &= bool(rows.min() >= 0)
+    # A query's position, negative in later requests' tokens, matters to windows alone.
+    sound &= bool(min(x.min() for x in columns._replace(q_position=columns.split)) >= 0)
     sound &= bool(columns.row_end.max() <= keys.size and columns.kv_end.max() <= keys.max())
     met = np.zeros((keys.size, keys.max()), np.int32)
     tiles: dict[Any, list[Any]] = {}

@@ -9,6 +9,7 @@ p page size.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,22 +40,52 @@ def attention(
     Returns:
       (o [t, h, dv] in q's dtype, lse float32 [t, h], natural log); a query without keys gives 0 and -inf.
     """
+    o, lse = _finish(_state(q.astype(jnp.float32), k, v, mask, logit))
+    return o.astype(q.dtype), lse
+
+
+class _State(NamedTuple):
+    """The softmax of t queries over some keys, float32: what of it is exact to add up."""
+
+    peak: Array  # [t, h], the largest logit; -inf before the first key
+    total: Array  # [t, h], sum of exp(logit - peak)
+    acc: Array  # [t, h, dv], sum of exp(logit - peak) v
+
+
+def _state(q: Array, k: Array, v: Array, mask: Array, logit: Callable[[Array], Array]) -> _State:
+    """Of `attention`'s arguments, q in float32."""
     heads = k.shape[1]
     t, h, d = q.shape
     seen = mask.any(axis=0)[:, None, None]
     k = jnp.where(seen, k, 0).astype(jnp.float32)
     v = jnp.where(seen, v, 0).astype(jnp.float32)
-    grouped = q.astype(jnp.float32).reshape(t, heads, h // heads, d)
+    grouped = q.reshape(t, heads, h // heads, d)
     scores = logit(jnp.einsum("tkgd,skd->tkgs", grouped, k, precision="highest"))
     scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-    peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0, peak))
-    weights = jnp.exp(scores - peak)
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, initial=-jnp.inf))
+    weights = jnp.exp(scores - jnp.where(peak == -jnp.inf, 0, peak)[..., None])
+    acc = jnp.einsum("tkgs,skd->tkgd", weights, v, precision="highest")
     total = weights.sum(axis=-1)
-    o = jnp.einsum("tkgs,skd->tkgd", weights, v, precision="highest")
-    o = o / jnp.where(total == 0, 1, total)[..., None]
-    lse = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)) + peak[..., 0])
-    return o.reshape(t, h, v.shape[-1]).astype(q.dtype), lse.reshape(t, h)
+    return _State(peak.reshape(t, h), total.reshape(t, h), acc.reshape(t, h, v.shape[-1]))
+
+
+def _joined(a: _State, b: _State) -> _State:
+    """The state over the keys of both."""
+    peak = jnp.maximum(a.peak, b.peak)
+    shift = jnp.where(peak == -jnp.inf, 0, peak)
+    scales = [jnp.exp(x.peak - shift) for x in (a, b)]
+    total = sum(x.total * scale for x, scale in zip((a, b), scales))
+    acc = sum(x.acc * scale[..., None] for x, scale in zip((a, b), scales))
+    return _State(peak, jnp.asarray(total), jnp.asarray(acc))
+
+
+def _finish(state: _State) -> tuple[Array, Array]:
+    """(o, lse): 0 and -inf without keys."""
+    peak, total, acc = state
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.log(total) + jnp.where(empty, 0, peak)
+    return acc / total[..., None], jnp.where(empty, -jnp.inf, lse)
 
 
 def paged_attention(
@@ -94,6 +125,8 @@ def ragged_attention(
     out_dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
     """Ragged queries against contiguous keys, k and v [s, kh, d], as `paged_attention`."""
+    if k.shape[0] == 0:  # there is no row to look up, only queries without keys
+        k, v = (jnp.zeros((1, *x.shape[1:]), x.dtype) for x in (k, v))
 
     def keys(request: Array, position: Array) -> tuple[Array, Array, Array]:
         row = plan.page_start[request] + position
@@ -117,7 +150,10 @@ def _attend(
     keys(request, position) gives k and v [s, kh, d] of a request's tokens at position [s], and whether they exist.
     """
     t, h, _ = q.shape
-    block = 1 if plan.is_decode else min(max(t, 1), QUERY_BLOCK)
+    if t == 0:
+        dv = keys(jnp.int32(0), jnp.zeros(1, jnp.int32))[1].shape[-1]
+        return jnp.zeros((0, h, dv), out_dtype or q.dtype), jnp.zeros((0, h), jnp.float32)
+    block = 1 if plan.is_decode else min(t, QUERY_BLOCK)
     piece = min(max(KEY_BLOCK, -(-capacity // MAX_PIECES)), max(capacity, 1))
     indptr = plan.query_bounds()
     # Queries that no request owns are one more request, without keys.
@@ -139,11 +175,11 @@ def _attend(
         else:
             seen = plan.limits.at[token].get(mode="fill", fill_value=0)
             first, stop = seen[:, 0], seen[:, 1]
-        first, stop = (jnp.broadcast_to(jnp.asarray(x), (block,)) for x in (first, stop))
+        first, stop = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (block,)) for x in (first, stop))
         stop = jnp.where(token < t, jnp.minimum(stop, kv_end), 0)
         rows = q.at[token].get(mode="clip").astype(jnp.float32)
 
-        def attend_piece(start: Array) -> tuple[Array, Array]:
+        def attend_piece(start: Array) -> _State:
             key = start + jnp.arange(piece, dtype=jnp.int32)
             k, v, exists = keys(own, key)
             mask = (first[:, None] <= key[None, :]) & (key[None, :] < stop[:, None])
@@ -157,7 +193,7 @@ def _attend(
                 at = position[:, None, None, None], key[None, None, None, :]
                 return modified(score_mods, score.logit(s), *at, head, arrays)
 
-            return attention(rows, k, v, mask, logit)
+            return _state(rows, k, v, mask, logit)
 
         begin_of_all, end_of_all = jnp.min(first, where=stop > first, initial=2**30), stop.max()
         begin_of_all = jnp.minimum(begin_of_all, kv_end)
@@ -168,7 +204,7 @@ def _attend(
                 lambda state, offset: (
                     jax.lax.cond(
                         begin_of_all + offset < end_of_all,
-                        lambda: _merged(state, attend_piece(begin_of_all + offset)),
+                        lambda: _joined(state, attend_piece(begin_of_all + offset)),
                         lambda: state,
                     ),
                     None,
@@ -176,7 +212,13 @@ def _attend(
                 state,
                 rest,
             )
-        return token, *state
+        if sinks is not None:
+            # A sink is a logit that has no value.
+            sink = jnp.broadcast_to(sinks[None, :], state.peak.shape)
+            state = _joined(
+                state, _State(sink, (sink > -jnp.inf).astype(jnp.float32), state.acc * 0)
+            )
+        return token, *_finish(state)
 
     each = expand(blocks, t // block + begin.size)
     token, o, lse = jax.tree.map(
@@ -184,20 +226,12 @@ def _attend(
     )
     o = jnp.zeros((t, *o.shape[1:]), jnp.float32).at[token].set(o, mode="drop")
     lse = jnp.full((t, h), -jnp.inf, jnp.float32).at[token].set(lse, mode="drop")
-    if sinks is not None:
-        # A sink is a logit that has no value: a state whose o is 0.
-        o, lse = _merged((o, lse), (jnp.zeros_like(o), jnp.broadcast_to(sinks[None, :], lse.shape)))
     return o.astype(out_dtype or q.dtype), lse
 
 
 def _by_head(x: Array, plan: AttentionPlan) -> Array:
     """x [h] as [1, kh, g, 1], to go with scores [t, kh, g, s]."""
     return jnp.asarray(x).reshape(1, plan.num_kv_heads, plan.spec.group, 1)
-
-
-def _merged(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Two attention states (o [t, h, d], lse [t, h]) into one."""
-    return merge_states(*(jnp.stack(pair, axis=1) for pair in zip(a, b)))
 
 
 def merge_states(v: Array, s: Array, *, lse_base: str = "ln") -> tuple[Array, Array]:

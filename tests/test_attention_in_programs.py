@@ -326,7 +326,7 @@ def test_plans_of_the_other_kind_of_keys_are_errors():
     with pytest.raises(ValueError, match="kv_layout must be one of"):
         ja.ragged_prefill(q, q, q, ragged, kv_layout="NDH")
     k = q[:, :2]
-    with pytest.raises(ValueError, match=r"v must have shape \[2, 2, 64\]"):
+    with pytest.raises(ValueError, match=r"v must have shape \[2, 2, head_dim of v\]"):
         ja.ragged_prefill(q, k, k[:1], ragged)
     with pytest.raises(TypeError, match="q and k and v must have the same dtype"):
         ja.ragged_prefill(q, k, k.astype(jnp.float32), ragged)

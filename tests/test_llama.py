@@ -85,7 +85,9 @@ def test_prefill_and_decode_step_want_their_own_plan():
         TypeError, match="prefill needs a plan from plan_prefill; got one of plan_decode"
     ):
         llama.prefill(params, CONFIG, decode, caches, cos_sin_cache)
-    with pytest.raises(TypeError, match="decode_step needs a plan from plan_decode; got Prefill"):
+    with pytest.raises(
+        TypeError, match="decode_step needs a plan from plan_decode; got one of plan_prefill"
+    ):
         llama.decode_step(params, CONFIG, prefill, caches, cos_sin_cache)
     by_prefill, _ = llama.prefill(params, CONFIG, prefill, caches, cos_sin_cache)
     by_decode, _ = llama.decode_step(params, CONFIG, decode, caches, cos_sin_cache)
