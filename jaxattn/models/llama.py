@@ -320,7 +320,7 @@ def prefill(
       in the batch gets logits of no meaning.
     """
     if batch.plan.is_decode:
-        raise TypeError("prefill needs a plan from plan_prefill; got plan_decode's")
+        raise TypeError("prefill needs a plan from plan_prefill; got one of plan_decode")
     last = jnp.maximum(batch.plan.query_bounds()[1:] - 1, 0)
     return forward(params, config, batch, caches, cos_sin_cache, last, backend=backend)
 
