@@ -12,13 +12,15 @@ if ON_GPU:
     # it once took, so what counts is the largest test of each worker: most stay below 5 GB, the three whose arrays
     # pass 2^31 elements below 14 GB. With 6 workers that is 3 x 14 + 3 x 5 = 57 GB and 6 CUDA contexts of 0.6 GB.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Searching for the fastest matrix product of every oracle would take longer than the tests.
+    flags = ["--xla_gpu_autotune_level=0"]
 else:
     # Interpreted kernels run for milliseconds and compile for seconds: LLVM need not optimise, nor start threads, and
     # the older emitter of fusions takes half as long as the MLIR one (which JAX 0.11 and later cannot go without).
     flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
-    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 # A GPU machine keeps its platform; its CPU is then not the default and needs no second device.
 jax.config.update("jax_num_cpu_devices", 2)
