@@ -300,8 +300,12 @@ def _plan_prefill(
     if spans is not None:
         limits = _limits(qo_indptr, keys, num_qo_tokens, spec.visible, spans)
     tiles, request = _tiles(qo_indptr, keys, num_qo_tokens, spec, block_rows, limits)
-    # The position of each request's first query: what lies behind its window is not read.
-    first = keys.kv_len - (qo_indptr[1:] - qo_indptr[:-1])
+    # What lies behind the window of a request's first query is not read; blocks of a mask are read whole.
+    behind = spec.visible.begin(keys.kv_len - (qo_indptr[1:] - qo_indptr[:-1]))
+    if limits is not None:
+        behind = 0
+    elif mask is not None:
+        behind = behind // KV_BLOCK * KV_BLOCK
     visits = None
     if mask is not None:
         visits = find_visits(mask, request, tiles, qo_indptr, keys, spec, block_rows, limits)
@@ -320,7 +324,7 @@ def _plan_prefill(
     return AttentionPlan(
         qo_indptr=qo_indptr,
         page_indices=keys.page_indices,
-        max_page=keys.max_page(0 if limits is not None else spec.visible.begin(first)),
+        max_page=keys.max_page(behind),
         page_start=keys.page_start,
         kv_len=keys.kv_len,
         kv_end=keys.kv_end,

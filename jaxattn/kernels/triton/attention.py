@@ -17,7 +17,6 @@ Grid: (kh, w, parts), KV heads fastest: neighbours read one page together.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +71,60 @@ def _attention_kernel(
     arrivals_ref,
     *,
     static: Statics,
+):
+    """Runs the item; where every page in use is in the cache, without checks of pages."""
+    few = static.config.block_rows <= MAX_FEW_ROWS
+    run = functools.partial(
+        _run_item,
+        q_ref,
+        k_ref,
+        v_ref,
+        items_ref,
+        indices_ref,
+        limits_ref,
+        mask_refs,
+        sinks_ref,
+        score_mods,
+        o_ref,
+        lse_ref,
+        o_partial_ref,
+        lse_partial_ref,
+        arrivals_ref,
+        static=static,
+    )
+    if not static.source.paged:
+        return run(sound=True, trusted=True)
+    sound = max_page_ref[0] < static.source.num_pages
+    if few:
+        # They wait for memory: checks cost nothing.
+        return run(sound=sound, trusted=False)
+    # Registers of tall tiles hold no checks: programs for tables that need them have code of their own.
+    jax.lax.cond(
+        sound,
+        functools.partial(run, sound=True, trusted=True),
+        functools.partial(run, sound=False, trusted=False),
+    )
+
+
+def _run_item(
+    q_ref,
+    k_ref,
+    v_ref,
+    items_ref,
+    indices_ref,
+    limits_ref,
+    mask_refs,
+    sinks_ref,
+    score_mods,
+    o_ref,
+    lse_ref,
+    o_partial_ref,
+    lse_partial_ref,
+    arrivals_ref,
+    *,
+    static: Statics,
+    sound: jax.Array | bool,
+    trusted: bool,
 ):
     spec, softmax, config, parts = static.spec, static.softmax, static.config, static.parts
     head, work, part = (pl.program_id(i) for i in range(3))
@@ -130,12 +183,13 @@ def _attention_kernel(
         )
     else:
         limits = RowLimits.by_list(limits_ref, token, owned, kv_end)
-    # Whether every page in use is in the cache.
-    sound: jax.Array | bool = True
-    if static.source.paged:
-        sound = max_page_ref[0] < static.source.num_pages
 
-    def masked(s, position, trusted):
+    if sound is not True:
+        # Where a page may be absent, no tile goes unmasked.
+        plain_end = jnp.where(sound, limits.plain_end, 0)
+        limits = dataclasses.replace(limits, plain_end=plain_end)
+
+    def masked(s, position):
         key = keys.tokens(position)
         exist = keys.exist(position, limits.first_begin, kv_end, trusted=trusted)
         seen = jnp.broadcast_to(exist[None, :], s.shape)
@@ -153,9 +207,8 @@ def _attention_kernel(
         x = static.score.logit(s, tanh)
         return modified(score_mods, x, *at, query_head[:, None], arrays)
 
-    def step(i, state, trusted):
-        # Of pages that are not trusted, every tile is masked.
-        position, plain = item.kv_begin + i * block_kv, trusted or sound
+    def step(i, state):
+        position, plain = item.kv_begin + i * block_kv, True
         if bits is not None:
             position, all_set = bits.visit(position)
             plain = plain & all_set
@@ -163,8 +216,7 @@ def _attention_kernel(
         s = score(softmax.dot(q, k, trans_b=True), position)
         # Most tiles are seen in full by every row.
         plain = plain & limits.all_see(position, block_kv)
-        mask = functools.partial(masked, trusted=trusted)
-        s = jax.lax.cond(plain, lambda s, _: s, mask, s, position)
+        s = jax.lax.cond(plain, lambda s, _: s, masked, s, position)
         return softmax.update(state, s, v)
 
     # 3. The softmax over them. A sink is a logit that the first split has seen before.
@@ -176,15 +228,7 @@ def _attention_kernel(
     num_tiles = (jnp.minimum(item.kv_end, kv_end) - item.kv_begin + block_kv - 1) // block_kv
     if bits is not None:
         num_tiles = (item.kv_end - item.kv_begin) // block_kv
-    # A tall tile has no time for checks: it has one loop for tables that need them, and one without.
-    checked: Any = 0
-    if static.source.paged:
-        checked = jnp.where(sound, 0, num_tiles) if tall else num_tiles
-        state = jax.lax.fori_loop(0, checked, functools.partial(step, trusted=False), state)
-    if tall or not static.source.paged:
-        trusted = functools.partial(step, trusted=True)
-        state = jax.lax.fori_loop(checked, num_tiles, trusted, state)
-    o, lse = softmax.finalize(state)
+    o, lse = softmax.finalize(jax.lax.fori_loop(0, num_tiles, step, state))
 
     # 4. A whole tile is the answer; a split one is a partial state.
     # Read again, the item's fields leave the loop above the registers that its rows would take there.

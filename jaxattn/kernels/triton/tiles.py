@@ -63,7 +63,7 @@ TABLE = (
     Row(lambda s: s.float32 and s.head_dim > 128, 32, 16, 4, 2, "shared memory holds no more"),
     Row(lambda s: s.float32, 64, 32, 4, 2, "registers; 8 warps wait for each other"),
     Row(lambda s: s.head_dim > 256, 32, 32, 4, 2, "shared memory holds no more"),
-    Row(lambda s: s.bits and not s.few, 128, 32, 8, 3, "registers hold the addresses of the bits"),
+    Row(lambda s: s.bits and not s.few, 64, 32, 4, 3, "registers hold the addresses of the bits"),
     # 64 rows: many loads in flight, and wgmma's least tile.
     Row(lambda s: s.mid and s.head_dim > 128, ALL, 32, 4, 5, "one program at a time, deep"),
     Row(lambda s: s.mid and s.head_dim <= 64, ALL, 128, 4, 5, "short rows: more keys a load"),
