@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import variants
-from helpers import assert_lse, assert_rivals, make_paged, rounded
+from helpers import assert_lse, assert_rivals, dense_batch, make_paged, rounded
 from variants import attend, masks_of, operands, seen
 
 from jaxattn import flashinfer
+
+GROUP, NUM_KV_HEADS, HEAD_DIM = 2, 2, 64
+NUM_QO_HEADS = GROUP * NUM_KV_HEADS
+HEADS = (NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM)
 
 # How index arrays arrive.
 METADATA = {
@@ -36,6 +40,37 @@ def table_of(paged, as_metadata=np.asarray):
     """FlashInfer's three index arrays; indices without the nonsense that fills their capacity."""
     indices = np.asarray(paged.table.indices)[: int(paged.table.indptr[-1])]
     return [as_metadata(x) for x in (paged.table.indptr, indices, paged.table.last_page_len)]
+
+
+def paged_case(kv_lens, page_size, layout, combined, dtype):
+    """Requests, and their cache as FlashInfer takes it: pages of one token have no page axis."""
+    paged = make_paged(
+        kv_lens,
+        page_size=page_size,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=dtype,
+        layout=layout,
+        combined=combined,
+    )
+    data = paged.cache.data
+    if page_size == 1:
+        data = jax.tree.map(lambda x: jnp.squeeze(x, -3 if layout == "NHD" else -2), data)
+    return paged, data
+
+
+def check(result, qs, ks, vs, dtype, *, causal, lse_base="log2", sm_scale=HEAD_DIM**-0.5):
+    """`result` is (o, lse) of the requests, and 0, -inf in the rows after theirs."""
+    o, lse = result
+    how = dict(sm_scale=sm_scale, causal=causal)
+    truth, truth_lse = dense_batch(qs, ks, vs, dtype=np.float64, **how)
+    plain, _ = dense_batch(qs, ks, vs, dtype=dtype, **how)
+    rows = len(truth)
+    assert o.dtype == dtype and lse.shape == o.shape[:2]
+    assert_rivals(o[:rows], truth, plain, dtype)
+    assert_lse(lse[:rows], truth_lse if lse_base == "ln" else truth_lse / np.log(2))
+    np.testing.assert_array_equal(np.asarray(o[rows:], np.float32), 0)
+    np.testing.assert_array_equal(np.asarray(lse[rows:]), -np.inf)
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ SINK_ERRORS = [
         "q_data_type must be bfloat16, as .* constructed with; got float16",
     ),
     (dict(head_dim_qk=128), "head_dim_qk must be 64"),
-    (dict(window_left=3), "window must be False"),
+    (dict(window_left=3), "window_left >= 0 must be False, as .* constructed with; got True"),
     (dict(pos_encoding_mode="ALIBI"), "pos_encoding_mode must be NONE"),
 ]
 

@@ -1,6 +1,7 @@
 """Prefill and decode with attention sinks."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from jax import Array
@@ -56,15 +57,15 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
             custom_mask_buf,
             mask_indptr_buf,
         )
-        self._constructed: dict[str, Any] = dict(
-            q_data_type=one_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type),
-            head_dim_qk=head_dim_qk,
-            head_dim_vo=head_dim_vo,
-            pos_encoding_mode=pos_encoding_mode,
-            window=window_left >= 0,
-        )
+        self._constructed: dict[str, Any] = {
+            "q_data_type": one_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type),
+            "head_dim_qk": head_dim_qk,
+            "head_dim_vo": head_dim_vo,
+            "pos_encoding_mode": pos_encoding_mode,
+            "window_left >= 0": window_left >= 0,
+        }
 
-    def _check_plan(self, **planned: Any) -> None:
+    def _check_plan(self, planned: Mapping[str, Any]) -> None:
         check_as_constructed(self._constructed, planned)
 
     @flashinfer_options()

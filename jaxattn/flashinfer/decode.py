@@ -137,7 +137,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
                 f"is_causal=False with {q_len_per_req=} is not built, as in FlashInfer: "
                 "window_right=-1 lets each query token see all keys"
             )
-        Visible.of(False, window_left, window_right)  # where one token has no keys on its right
+        # Also where one token, which has no keys on its right, makes no use of it.
+        Visible.of(False, window_left, window_right)
         table, check_pages = self._fit_table("", indptr, indices, last_page_len, page_size)
         self._check_q_len(q_len_per_req, host_kv_len(table))
         how: dict[str, Any] = dict(

@@ -1,6 +1,7 @@
 """Attention of ragged query tokens over paged keys."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             )
             self._fix_mask_capacity(custom_mask_buf, mask_indptr_buf)
 
-    def _check_plan(self, **planned: Any) -> None:
+    def _check_plan(self, planned: Mapping[str, Any]) -> None:
         """For a subclass whose constructor was told what will be planned."""
 
     @flashinfer_options()
@@ -146,11 +147,13 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
         dtype = one_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type)
         o_dtype = dtype if o_data_type is None else float_dtype("o_data_type", o_data_type)
         self._check_plan(
-            q_data_type=dtype,
-            head_dim_qk=head_dim_qk,
-            head_dim_vo=head_dim_qk if head_dim_vo is None else head_dim_vo,
-            pos_encoding_mode=pos_encoding_mode,
-            window=window_left >= 0,
+            {
+                "q_data_type": dtype,
+                "head_dim_qk": head_dim_qk,
+                "head_dim_vo": head_dim_qk if head_dim_vo is None else head_dim_vo,
+                "pos_encoding_mode": pos_encoding_mode,
+                "window_left >= 0": window_left >= 0,
+            }
         )
         logits = Logits.of(head_dim_qk, sm_scale, logits_soft_cap, pos_encoding_mode)
         table, check_pages = self._fit_table(
