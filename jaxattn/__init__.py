@@ -23,6 +23,9 @@ from jaxattn.flashinfer import (
 from jaxattn.flashinfer import (
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
 )
+from jaxattn.flashinfer import (
+    MultiLevelCascadeAttentionWrapper as MultiLevelCascadeAttentionWrapper,
+)
 from jaxattn.flashinfer import fused_add_rmsnorm as fused_add_rmsnorm
 from jaxattn.flashinfer import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
 from jaxattn.flashinfer import gemma_rmsnorm as gemma_rmsnorm

@@ -32,6 +32,9 @@ from jaxattn.flashinfer.cuda_graph_decode import (
 from jaxattn.flashinfer.decode import (
     BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
 )
+from jaxattn.flashinfer.multi_level_cascade import (
+    MultiLevelCascadeAttentionWrapper as MultiLevelCascadeAttentionWrapper,
+)
 from jaxattn.flashinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
 from jaxattn.flashinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
 from jaxattn.flashinfer.norm import gemma_rmsnorm as gemma_rmsnorm

@@ -118,6 +118,7 @@ OPTIONS: dict[str, Option] = {
     "float_workspace_buffer": _WORKSPACE,
     "workspace_buffer": _WORKSPACE,
     "int_workspace_buffer": _WORKSPACE,
+    "int_workspace_buffers": _WORKSPACE,
     # Hints for FlashInfer's planner.
     "seq_lens": _RESTATED,
     "seq_lens_q": _RESTATED,
