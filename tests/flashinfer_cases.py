@@ -118,6 +118,9 @@ def assert_dense(result, variant, qs, ks, vs, sees, dtype, out_dtype=None, last=
     at = np.concatenate([np.arange(len(q)) >= len(q) - (last or len(q)) for q in qs])
     qs, sees = ([x[-last:] if last else x for x in xs] for xs in (qs, sees))
     assert o.dtype == (out_dtype or dtype) and o.shape[:2] == lse.shape
+    if jnp.finfo(o.dtype).eps < jnp.finfo(dtype).eps:
+        # Not rounded to the inputs' dtype on its way.
+        assert (np.asarray(o) != rounded(np.asarray(o), dtype)).any()
     coarser = max(dtype, o.dtype, key=lambda x: jnp.finfo(x).eps)
     truth, truth_lse = dense(variant, qs, ks, vs, sees)
     plain, _ = dense(variant, qs, ks, vs, sees, dtype=coarser, score_dtype=jnp.float32)

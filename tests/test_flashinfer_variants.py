@@ -37,8 +37,7 @@ CASES = [
     ("paged", WINDOW | SINKS, 4, 4, "HND", jnp.bfloat16),
     ("paged", dict(causal=True) | WINDOW | CAP | SINKS | ALIBI, 6, 2, "NHD", jnp.float32),
     ("ragged", dict(causal=True) | WINDOW | CAP | ALIBI, 8, 2, "HND", jnp.float16),
-    ("sink", dict(causal=True) | SINKS | WINDOW, 4, 2, "NHD", jnp.bfloat16),
-    ("sink", SINKS | ALIBI | CAP, 4, 1, "HND", jnp.float16),
+    ("sink", dict(causal=True) | SINKS | WINDOW | ALIBI | CAP, 4, 1, "HND", jnp.bfloat16),
     ("single prefill", dict(causal=True) | WINDOW | CAP | ALIBI, 6, 2, "HND", jnp.float16),
     ("single decode", WINDOW | CAP | ALIBI, 12, 2, "NHD", jnp.float16),
 ]
