@@ -6,7 +6,13 @@ from jaxattn.attention import paged_decode as paged_decode
 from jaxattn.attention import paged_prefill as paged_prefill
 from jaxattn.attention import ragged_prefill as ragged_prefill
 from jaxattn.flashinfer import (
+    BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper,
+)
+from jaxattn.flashinfer import (
     BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
+)
+from jaxattn.flashinfer import (
+    BatchPrefillWithCausalBidirectionalRangesWrapper as BatchPrefillWithCausalBidirectionalRangesWrapper,
 )
 from jaxattn.flashinfer import (
     BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
@@ -16,6 +22,9 @@ from jaxattn.flashinfer import (
 )
 from jaxattn.flashinfer import (
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+)
+from jaxattn.flashinfer import (
+    MultiLevelCascadeAttentionWrapper as MultiLevelCascadeAttentionWrapper,
 )
 from jaxattn.flashinfer import fused_add_rmsnorm as fused_add_rmsnorm
 from jaxattn.flashinfer import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm

@@ -8,7 +8,7 @@ JAX arrays are:
   Those on the host are copied, and checked: whatever cannot be a page table raises ValueError.
 - Shapes are compiled. Indices are padded to a power of two, so that growing lengths seldom recompile; with
   `use_cuda_graph=True` the buffers' lengths are capacities, and `jax.jit` over them stands in for the graph: other
-  lengths, and fewer requests, never recompile the attention.
+  lengths, and fewer requests, never recompile the attention. custom_mask_buf's length is a capacity too.
 
 What becomes of every other option is said in `options.py` and, by it, in each docstring: an option that is not built
 raises NotImplementedError unless it is off, one without a meaning under XLA is ignored.
@@ -17,6 +17,12 @@ lse is in base 2, as FlashInfer's, where it is returned and where it is merged; 
 of the functional surface.
 """
 
+from jaxattn.flashinfer.attention_sink import (
+    BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper,
+)
+from jaxattn.flashinfer.bidirectional_ranges import (
+    BatchPrefillWithCausalBidirectionalRangesWrapper as BatchPrefillWithCausalBidirectionalRangesWrapper,
+)
 from jaxattn.flashinfer.cascade import merge_state as merge_state
 from jaxattn.flashinfer.cascade import merge_state_in_place as merge_state_in_place
 from jaxattn.flashinfer.cascade import merge_states as merge_states
@@ -25,6 +31,9 @@ from jaxattn.flashinfer.cuda_graph_decode import (
 )
 from jaxattn.flashinfer.decode import (
     BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper,
+)
+from jaxattn.flashinfer.multi_level_cascade import (
+    MultiLevelCascadeAttentionWrapper as MultiLevelCascadeAttentionWrapper,
 )
 from jaxattn.flashinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
 from jaxattn.flashinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
@@ -36,6 +45,8 @@ from jaxattn.flashinfer.page import get_seq_lens as get_seq_lens
 from jaxattn.flashinfer.paged_prefill import (
     BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper,
 )
+from jaxattn.flashinfer.quantization import packbits as packbits
+from jaxattn.flashinfer.quantization import segment_packbits as segment_packbits
 from jaxattn.flashinfer.ragged_prefill import (
     BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper,
 )

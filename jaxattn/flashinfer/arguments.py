@@ -1,5 +1,6 @@
 """Checks of the arguments that the entry points share, FlashInfer's errors included."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,27 +32,45 @@ def fold_scales(sm_scale: float, **scales: float | None) -> float:
 
 
 def one_dtype(**dtypes: Any) -> jnp.dtype:
-    """The one dtype of q, keys, values and output; the first is q's, and those that are None follow it."""
+    """The one dtype of q, keys and values; the first is q's, and those that are None follow it."""
     q = next(iter(dtypes))
-    came = {}
-    for name, value in dtypes.items():
-        value = dtypes[q] if value is None else value
-        try:
-            # jnp.dtype(None) is a float.
-            came[name] = jnp.dtype("None" if value is None else value)
-        except TypeError:
-            raise TypeError(
-                f"{name} must be a dtype or its name, such as 'bfloat16'; got {value!r}"
-            ) from None
-        if came[name].name not in FLOAT_DTYPES:
-            raise NotImplementedError(
-                f"{name}={came[name].name!r} is not built yet: use one of {', '.join(FLOAT_DTYPES)}"
-            )
+    came = {
+        name: float_dtype(name, dtypes[q] if value is None else value)
+        for name, value in dtypes.items()
+    }
     if len(set(came.values())) > 1:
         listed = ", ".join(f"{name}={dtype.name!r}" for name, dtype in came.items())
-        hint = "data_type sets only the kv_data_type: set q_data_type too"
         raise NotImplementedError(
-            f"mixed dtypes are not built yet: {listed}. "
-            + (hint if "kv_data_type" in came else f"Leave all but {q} out")
+            f"mixed dtypes of q and the cache are not built yet: {listed}. data_type sets only the "
+            "kv_data_type: set q_data_type too"
         )
     return came[q]
+
+
+def float_dtype(name: str, value: Any) -> jnp.dtype:
+    """The dtype that is asked for, if attention has it."""
+    try:
+        # jnp.dtype(None) is a float.
+        dtype = jnp.dtype("None" if value is None else value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a dtype or its name, such as 'bfloat16'; got {value!r}"
+        ) from None
+    if dtype.name not in FLOAT_DTYPES:
+        raise NotImplementedError(
+            f"{name}={dtype.name!r} is not built yet: use one of {', '.join(FLOAT_DTYPES)}"
+        )
+    return dtype
+
+
+def check_as_constructed(constructed: Mapping[str, Any], planned: Mapping[str, Any]) -> None:
+    """Raises ValueError where a plan asks for what its wrapper was not constructed with; None asks for nothing."""
+    for name, want in constructed.items():
+        got = planned[name]
+        if got is not None and "data_type" in name:
+            got = float_dtype(name, got)
+        if got is not None and got != want:
+            raise ValueError(
+                f"{name} must be {want}, as the wrapper was constructed with; got {got}: construct "
+                "another wrapper"
+            )

@@ -17,16 +17,18 @@ from jaxattn.checks import (
     check_host_indptr,
     check_host_page_table,
     check_positive,
-    check_scale,
     check_shape,
 )
-from jaxattn.flashinfer.arguments import check_layout, check_scalar, fold_scales
+from jaxattn.flashinfer.arguments import check_layout, check_scalar
 from jaxattn.flashinfer.index_arrays import index_array, pad, power_of_two
+from jaxattn.flashinfer.logits import Logits
+from jaxattn.flashinfer.masks import CustomMask
 from jaxattn.flashinfer.options import flashinfer_options
 from jaxattn.flashinfer.programs import attend
 from jaxattn.kv_cache import PageTable
 from jaxattn.merge import LSE_BASES
 from jaxattn.plan import AttentionPlan
+from jaxattn.spec import Visible
 
 
 @dataclasses.dataclass
@@ -37,8 +39,11 @@ class Planned:
     rows: int | None  # rows that q must have; None: only a qo_indptr on the device knows
     num_qo_heads: int
     head_dim: int
+    head_dim_vo: int
     dtype: jnp.dtype
-    sm_scale: float
+    o_dtype: jnp.dtype
+    logits: Logits
+    window_left: int
     check_pages: Callable[[int], None] | None  # raises where a cache has too few pages
     made: tuple[int, AttentionPlan] | None = None
     num_pages: int | None = None  # of a cache that has enough
@@ -65,6 +70,7 @@ class BatchWrapper:
     _max_batch_size: int | None = None  # None: as large as the batch
     _max_num_pages: int | None = None
     _max_rows: int | None = None  # what q is padded to
+    _max_mask_bytes: int | None = None
     _planned: Planned | None = None
 
     def __init__(self, kv_layout: str):
@@ -128,6 +134,37 @@ class BatchWrapper:
                 )
         self._max_batch_size = batch_size
 
+    def _fix_mask_capacity(self, custom_mask_buf: Any, mask_indptr_buf: Any) -> None:
+        """Takes the capacity for masks from CUDA-graph buffers, which may both be missing."""
+        if custom_mask_buf is None and mask_indptr_buf is None:
+            return
+        if not (hasattr(custom_mask_buf, "__len__") and hasattr(mask_indptr_buf, "__len__")):
+            raise ValueError(
+                "custom_mask_buf and mask_indptr_buf must both be arrays, or both be left out; got "
+                f"{type(custom_mask_buf).__name__} and {type(mask_indptr_buf).__name__}"
+            )
+        assert self._max_batch_size is not None
+        if len(mask_indptr_buf) != self._max_batch_size + 1:
+            raise ValueError(
+                f"mask_indptr_buf must have {self._max_batch_size + 1} elements, as the indptr "
+                f"buffers; got {len(mask_indptr_buf)}"
+            )
+        self._max_mask_bytes = len(custom_mask_buf)
+
+    def _fit_mask(
+        self, custom_mask: Any, packed_custom_mask: Any, qo_indptr: Any, kv_len: Any
+    ) -> CustomMask | None:
+        """A checked mask, padded to the capacity."""
+        given = custom_mask is not None or packed_custom_mask is not None
+        if given and self.is_cuda_graph_enabled and self._max_mask_bytes is None:
+            raise ValueError(
+                "a mask needs custom_mask_buf and mask_indptr_buf with use_cuda_graph=True: they "
+                "fix its capacity"
+            )
+        return CustomMask.of(
+            custom_mask, packed_custom_mask, qo_indptr, kv_len, self._max_mask_bytes
+        )
+
     def _fit_indptr(self, name: str, indptr: Any, batch_size: int) -> Any:
         """A checked indptr, padded with requests of length 0."""
         indptr = index_array(name, indptr, batch_size + 1)
@@ -173,13 +210,30 @@ class BatchWrapper:
         num_kv_heads: int,
         head_dim: int,
         dtype: jnp.dtype,
-        sm_scale: float | None,
+        o_dtype: jnp.dtype,
+        logits: Logits,
+        *,
+        head_dim_vo: int | None = None,
+        window_left: int = -1,
         check_pages: Callable[[int], None] | None = None,
+        now: bool = True,
     ) -> None:
+        """Keeps a plan for `run`; `now`: makes it, where the rows of q are known."""
+        head_dim_vo = head_dim if head_dim_vo is None else head_dim_vo
         check_heads(num_qo_heads, num_kv_heads)
-        check_positive(head_dim=head_dim)
+        check_positive(head_dim_vo=head_dim_vo)
+        Visible.of(False, window_left)
         planned = Planned(
-            make, rows, num_qo_heads, head_dim, dtype, check_scale(sm_scale, head_dim), check_pages
+            make,
+            rows,
+            num_qo_heads,
+            head_dim,
+            head_dim_vo,
+            dtype,
+            o_dtype,
+            logits,
+            window_left,
+            check_pages,
         )
         if rows is not None:
             capacity = rows if self._max_rows is None else self._max_rows
@@ -188,10 +242,16 @@ class BatchWrapper:
                     f"qo_indptr[-1]={rows} must not exceed that of the first plan, {capacity}, "
                     "which fixed the capacity (use_cuda_graph=True)"
                 )
-            planned.made = capacity, make(capacity)
+            if now:
+                planned.made = capacity, make(capacity)
             if self.is_cuda_graph_enabled:
                 self._max_rows = capacity
         self._planned = planned
+
+    def _check_planned(self) -> Planned:
+        if self._planned is None:
+            raise RuntimeError(f"{type(self).__name__}.run needs a plan: call plan(...) first")
+        return self._planned
 
     def _run(
         self,
@@ -204,11 +264,18 @@ class BatchWrapper:
         v_scale: ArrayLike | None,
         return_lse: bool,
         lse_base: str,
+        window_left: int | None = None,
+        sinks: Array | None = None,
+        sm_scale: float | None = None,
     ) -> Any:
+        """Attends; an sm_scale takes the place of the plan's."""
         check_choice("lse_base", lse_base, LSE_BASES)
-        planned = self._planned
-        if planned is None:
-            raise RuntimeError(f"{type(self).__name__}.run needs a plan: call plan(...) first")
+        planned = self._check_planned()
+        if window_left is not None and window_left != planned.window_left:
+            raise ValueError(
+                f"window_left must be that of plan, {planned.window_left}, or None; got "
+                f"{window_left}: call plan(..., window_left={window_left})"
+            )
         check_shape("q", q, ("rows", planned.num_qo_heads, planned.head_dim))
         for name, x in [("q", q), *(("kv", x) for x in jax.tree.leaves(kv))]:
             check_array(name, x)
@@ -220,6 +287,11 @@ class BatchWrapper:
         for x in jax.tree.leaves(kv)[:1]:
             if x.ndim:  # pages are the first axis of every form of a cache
                 planned.check_cache(x.shape[0])
+        for x in jax.tree.leaves(kv)[-1:]:
+            if x.ndim and x.shape[-1] != planned.head_dim_vo:
+                raise ValueError(
+                    f"v must have head_dim {planned.head_dim_vo}, as planned; got {x.shape[-1]}"
+                )
         rows, most = q.shape[0], self._max_rows
         if planned.rows is not None:
             fits = rows in (planned.rows, most)
@@ -238,9 +310,11 @@ class BatchWrapper:
             pad(q, capacity),
             kv,
             planned.plan(capacity),
+            sinks,
             check_scalar("v_scale", v_scale),
             kv_layout=self._kv_layout,
-            sm_scale=fold_scales(planned.sm_scale, q_scale=q_scale, k_scale=k_scale),
+            logits=planned.logits.scaled(sm_scale, q_scale=q_scale, k_scale=k_scale),
+            out_dtype=planned.o_dtype,
             lse_base=lse_base if return_lse else None,
         )
         return result if rows == capacity else jax.tree.map(lambda x: x[:rows], result)

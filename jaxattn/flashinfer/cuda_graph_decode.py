@@ -13,8 +13,8 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
     """The decode wrapper with fixed capacities: any lengths and any batch size run one program.
 
     `plan` never recompiles with index arrays on the host, nor with ones of full capacity on the
-    device; `run` never with a q of max_batch_size rows. Another batch size costs only the
-    compilation of a pad and a slice.
+    device; `run` never with a q of max_batch_size rows, times q_len_per_req. Another batch size costs
+    only the compilation of a pad and a slice.
 
     Args:
       workspace_buffer: anything; XLA needs no workspace.
@@ -45,7 +45,7 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
         if max_batch_size is not None and max_num_pages is not None and not given:
             check_positive(max_batch_size=max_batch_size, max_num_pages=max_num_pages)
             super().__init__(None, kv_layout)
-            self._max_batch_size = self._max_rows = max_batch_size
+            self._max_batch_size = max_batch_size
             self._max_num_pages = max_num_pages
         elif max_batch_size is None and max_num_pages is None and given == 3:
             super().__init__(None, kv_layout, True, False, *buffers)

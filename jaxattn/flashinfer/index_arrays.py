@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxattn.checks import check_index
+from jaxattn.kv_cache import PageTable
 
 Indices = Array | np.ndarray | Sequence[int]
 
@@ -48,6 +49,16 @@ def _int32(name: str, x: Any) -> np.ndarray:
 def last(indptr: Any) -> int | None:
     """The last element of an indptr on the host."""
     return int(indptr[-1]) if isinstance(indptr, np.ndarray) else None
+
+
+def host_kv_len(table: PageTable) -> np.ndarray | None:
+    """int64 [b], tokens of each request, where the table's arrays are on the host."""
+    indptr, last_page_len = table.indptr, table.last_page_len
+    if not (isinstance(indptr, np.ndarray) and isinstance(last_page_len, np.ndarray)):
+        return None
+    assert table.page_size is not None
+    num_pages = np.diff(indptr).astype(np.int64)
+    return np.where(num_pages > 0, (num_pages - 1) * table.page_size + last_page_len, 0)
 
 
 def power_of_two(n: int) -> int:

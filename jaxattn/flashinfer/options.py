@@ -25,40 +25,24 @@ class Unbuilt:
 
     Attributes:
       off: the values that ask for nothing.
-      same_as: a parameter of the same function whose value is off as well.
-      advice: what to do instead; where it depends on the value, one for each.
-      choices: the values that FlashInfer knows; others raise KeyError, as there.
-      least: the smallest value that makes sense; less raises ValueError.
+      advice: what to do instead.
     """
 
     off: tuple[Any, ...] = (None,)
-    same_as: str | None = None
-    advice: str | Mapping[str, str] | None = None
-    choices: tuple[str, ...] | None = None
-    least: int | None = None
+    advice: str | None = None
 
-    def check(self, name: str, value: Any, arguments: Mapping[str, Any]) -> None:
+    def check(self, name: str, value: Any) -> None:
         plain = isinstance(value, bool | int | float | str | np.generic)
-        if self.choices is not None and value not in self.choices:
-            known = " or ".join([", ".join(map(repr, self.choices[:-1])), repr(self.choices[-1])])
-            raise KeyError(f"{name} must be {known}; got {value!r}")
-        if self.least is not None and plain and value < self.least:
-            raise ValueError(f"{name} must be at least {self.least}; got {value}")
         if any(value is off or plain and value == off for off in self.off):
             return
-        if self.same_as is not None and plain and value == arguments.get(self.same_as):
-            return
-        advice = self.advice
-        if isinstance(advice, Mapping):
-            advice = advice.get(value)
         shown = repr(value) if plain else type(value).__name__
         raise NotImplementedError(
-            f"{name}={shown} is not built yet: {advice or f'leave {name} at its default'}"
+            f"{name}={shown} is not built yet: {self.advice or f'leave {name} at its default'}"
         )
 
     def describe(self, name: str) -> str:
-        off = [repr(value) for value in self.off if value is not None] + [self.same_as or ""]
-        return f"{name} ({' or '.join(filter(None, off))})" if any(off) else name
+        off = [repr(value) for value in self.off if value is not None]
+        return f"{name} ({' or '.join(off)})" if off else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +54,7 @@ class Unwritable:
         "around it"
     )
 
-    def check(self, name: str, value: Any, arguments: Mapping[str, Any]) -> None:
+    def check(self, name: str, value: Any) -> None:
         if value is not None:
             raise NotImplementedError(
                 f"{name} cannot be written, as JAX arrays are immutable: {self.advice}"
@@ -83,7 +67,7 @@ class Meaningless:
 
     why: str
 
-    def check(self, name: str, value: Any, arguments: Mapping[str, Any]) -> None:
+    def check(self, name: str, value: Any) -> None:
         pass
 
 
@@ -95,36 +79,15 @@ _RESTATED = Meaningless("the index arrays say it")
 _ON_THE_FLY = Meaningless("only with pos_encoding_mode='ROPE_LLAMA'")
 
 OPTIONS: dict[str, Option] = {
-    # Which keys a query sees, and what is added to its scores.
-    "window_left": Unbuilt(off=(None, -1)),
-    "window_right": Unbuilt(off=(None, 0)),
-    "is_causal": _SWITCH,
-    "custom_mask": Unbuilt(),
-    "packed_custom_mask": Unbuilt(),
-    "custom_mask_buf": Unbuilt(),
-    "mask_indptr_buf": Unbuilt(),
+    # Which keys a query sees; rotary embeddings inside of attention.
     "variant_owns_mask": _SWITCH,
     "prefix_len_ptr": Unbuilt(),
     "token_pos_in_items_ptr": Unbuilt(),
     "token_pos_in_items_len": Unbuilt(off=(None, 0)),
     "max_item_len_ptr": Unbuilt(),
-    "logits_soft_cap": Unbuilt(off=(None, 0)),
-    "sinks": Unbuilt(),
-    "pos_encoding_mode": Unbuilt(
-        off=("NONE",),
-        choices=("NONE", "ROPE_LLAMA", "ALIBI"),
-        advice={
-            "ROPE_LLAMA": "rotate q and k with apply_rope, and append k rotated",
-            "ALIBI": "no function here adds ALiBi's bias to the scores",
-        },
-    ),
     "rope_scale": _ON_THE_FLY,
     "rope_theta": _ON_THE_FLY,
     # Shapes and arrangements.
-    "q_len_per_req": Unbuilt(
-        off=(None, 1), least=1, advice="use a prefill wrapper for several query tokens a request"
-    ),
-    "head_dim_vo": Unbuilt(same_as="head_dim_qk"),
     "v_indptr": Unbuilt(),
     "o_indptr": Unbuilt(),
     "lse_layout": Unbuilt(off=(None, "NH"), advice="transpose the lse that is returned"),
@@ -155,6 +118,7 @@ OPTIONS: dict[str, Option] = {
     "float_workspace_buffer": _WORKSPACE,
     "workspace_buffer": _WORKSPACE,
     "int_workspace_buffer": _WORKSPACE,
+    "int_workspace_buffers": _WORKSPACE,
     # Hints for FlashInfer's planner.
     "seq_lens": _RESTATED,
     "seq_lens_q": _RESTATED,
@@ -198,7 +162,7 @@ def flashinfer_options(**own: Option | None) -> Callable[[Callable[P, R]], Calla
             arguments = dict(zip(by_position, args, strict=False)) | kwargs
             for name, option in options.items():
                 if name in arguments:
-                    option.check(name, arguments[name], arguments)
+                    option.check(name, arguments[name])
             return function(*args, **kwargs)
 
         checked._options = options  # type: ignore[attr-defined]

@@ -11,29 +11,68 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxattn.attention import ragged_prefill
-from jaxattn.kv_cache import PagedKVCache
+from jaxattn.flashinfer.logits import Logits, alibi_slopes
+from jaxattn.flashinfer.masks import CustomMask
+from jaxattn.kv_cache import PagedKVCache, PageTable, get_batch_indices_positions
 from jaxattn.plan import AttentionPlan, plan_decode, plan_prefill, plan_ragged_prefill
 
-_HEADS = ("num_qo_heads", "num_kv_heads")
-_SPLITS = ("fixed_split_size", "disable_split_kv")
-compiled_plan_decode = jax.jit(plan_decode, static_argnames=("page_size", *_SPLITS, *_HEADS))
-_ROWS = ("num_qo_tokens", "causal", *_HEADS)
-compiled_plan_prefill = jax.jit(plan_prefill, static_argnames=("page_size", *_SPLITS, *_ROWS))
-compiled_plan_ragged_prefill = jax.jit(
-    plan_ragged_prefill, static_argnames=("disable_split_kv", *_ROWS)
-)
+_STATIC = ("num_qo_heads", "num_kv_heads", "fixed_split_size", "disable_split_kv", "window_left")
+_PREFILL = (*_STATIC, "num_qo_tokens", "causal", "window_right")
+
+compiled_plan_decode = jax.jit(plan_decode, static_argnames=_STATIC)
 
 
-@functools.partial(jax.jit, static_argnames=("op", "kv_layout", "sm_scale", "lse_base"))
+@functools.partial(jax.jit, static_argnames=_PREFILL)
+def compiled_plan_prefill(
+    qo_indptr: Array, page_table: PageTable, mask: CustomMask | None = None, **how: Any
+) -> AttentionPlan:
+    """`plan_prefill`; a mask takes the place of causal."""
+    if mask is not None:
+        how |= dict(causal=False, mask=mask.bits(qo_indptr, page_table.kv_len()))
+    return plan_prefill(qo_indptr, page_table, **how)
+
+
+@functools.partial(jax.jit, static_argnames=_PREFILL)
+def compiled_plan_ragged_prefill(
+    qo_indptr: Array, kv_indptr: Array, mask: CustomMask | None = None, **how: Any
+) -> AttentionPlan:
+    """`plan_ragged_prefill`; a mask takes the place of causal."""
+    if mask is not None:
+        how |= dict(causal=False, mask=mask.bits(qo_indptr, kv_indptr[1:] - kv_indptr[:-1]))
+    return plan_ragged_prefill(qo_indptr, kv_indptr, **how)
+
+
+@functools.partial(jax.jit, static_argnames=(*_PREFILL, "range_window_left"))
+def compiled_plan_of_ranges(
+    qo_indptr: Array, page_table: PageTable, ranges: Array, *, range_window_left: int, **how: Any
+) -> AttentionPlan:
+    """`plan_prefill` of causal queries that see their range besides.
+
+    Args:
+      ranges: int32 [num_qo_tokens, 2].
+      range_window_left: if positive, a query sees so many keys of its range up to its own.
+    """
+    if range_window_left > 0:
+        rows = ranges.shape[0]
+        _, position = get_batch_indices_positions(qo_indptr, page_table.kv_len(), rows)
+        first = ranges[:, 0]
+        nearest = jnp.maximum(first, position - (range_window_left - 1))
+        ranges = ranges.at[:, 0].set(jnp.where(first < 0, first, nearest))
+    return plan_prefill(qo_indptr, page_table, causal=True, bidirectional_spans=ranges, **how)
+
+
+@functools.partial(jax.jit, static_argnames=("op", "kv_layout", "logits", "out_dtype", "lse_base"))
 def attend(
     op: Callable[..., Any],
     q: Array,
     kv: Any,
     plan: AttentionPlan,
+    sinks: Array | None,
     v_scale: ArrayLike | None,
     *,
     kv_layout: str,
-    sm_scale: float,
+    logits: Logits,
+    out_dtype: jnp.dtype,
     lse_base: str | None,
 ) -> Any:
     """The op on what its wrapper was given; without an lse_base, o alone."""
@@ -44,7 +83,14 @@ def attend(
         is_cache = isinstance(kv, PagedKVCache)
         cache = kv if is_cache else PagedKVCache.from_flashinfer(kv, kv_layout)
         op = functools.partial(op, q, cache, plan)
-    o, lse = op(sm_scale=sm_scale, return_lse=True)
+    o, lse = op(
+        sm_scale=logits.sm_scale,
+        logits_soft_cap=logits.soft_cap,
+        alibi_slopes=jnp.asarray(alibi_slopes(plan.num_qo_heads)) if logits.alibi else None,
+        sinks=sinks,
+        out_dtype=out_dtype,
+        return_lse=True,
+    )
     if v_scale is not None:
         o = (o.astype(jnp.float32) * v_scale).astype(o.dtype)
     if lse_base is None:

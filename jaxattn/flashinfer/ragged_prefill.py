@@ -3,14 +3,16 @@
 import functools
 from typing import Any
 
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import ragged_prefill
 from jaxattn.checks import check_shape
-from jaxattn.flashinfer.arguments import one_dtype
+from jaxattn.flashinfer.arguments import float_dtype, one_dtype
 from jaxattn.flashinfer.batch_wrapper import BatchWrapper
 from jaxattn.flashinfer.index_arrays import Indices, index_array, last
+from jaxattn.flashinfer.logits import Logits
 from jaxattn.flashinfer.options import Unbuilt, flashinfer_options
 from jaxattn.flashinfer.programs import compiled_plan_ragged_prefill
 
@@ -24,8 +26,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
       float_workspace_buffer: anything; XLA needs no workspace.
       kv_layout: "NHD" or "HND", the axes of k and v.
       use_cuda_graph: fixes capacities: the batch size by the lengths of the buffers, the rows of q
-        by the first plan (or, where its qo_indptr is on the device, the first run). Those of k and
-        v compile as they come.
+        by the first plan (or, where its qo_indptr is on the device, the first run), the size of a
+        mask by custom_mask_buf. The rows of k and v compile as they come.
       backend: "auto" or "fa2".
 
     Raises: as `BatchPrefillWithPagedKVCacheWrapper`.
@@ -51,6 +53,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         super().__init__(kv_layout)
         if use_cuda_graph:
             self._fix_capacity(qo_indptr_buf=qo_indptr_buf, kv_indptr_buf=kv_indptr_buf)
+            self._fix_mask_capacity(custom_mask_buf, mask_indptr_buf)
 
     @flashinfer_options(fixed_split_size=Unbuilt())
     def plan(
@@ -94,28 +97,38 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
 
         Args:
           kv_indptr: int32 [batch_size + 1]; request i has key rows `kv_indptr[i]:kv_indptr[i + 1]`.
+          The rest: as there.
+
+        Raises: as there.
         """
-        dtype = one_dtype(
-            q_data_type=q_data_type, kv_data_type=kv_data_type, o_data_type=o_data_type
-        )
+        dtype = one_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type)
+        o_dtype = dtype if o_data_type is None else float_dtype("o_data_type", o_data_type)
+        logits = Logits.of(head_dim_qk, sm_scale, logits_soft_cap, pos_encoding_mode)
         batch_size = len(index_array("kv_indptr", kv_indptr, "batch_size + 1")) - 1
         qo_indptr = self._fit_indptr("qo_indptr", qo_indptr, batch_size)
         kv_indptr = self._fit_indptr("kv_indptr", kv_indptr, batch_size)
+        kv_len = np.diff(kv_indptr) if isinstance(kv_indptr, np.ndarray) else None
+        mask = self._fit_mask(custom_mask, packed_custom_mask, qo_indptr, kv_len)
         heads: dict[str, Any] = dict(num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads)
         self._keep(
             lambda rows: compiled_plan_ragged_prefill(
                 qo_indptr,
                 kv_indptr,
+                mask,
                 num_qo_tokens=rows,
                 causal=causal,
+                window_left=window_left,
                 disable_split_kv=disable_split_kv,
                 **heads,
             ),
             last(qo_indptr),
             **heads,
             head_dim=head_dim_qk,
+            head_dim_vo=head_dim_vo,
             dtype=dtype,
-            sm_scale=sm_scale,
+            o_dtype=o_dtype,
+            logits=logits,
+            window_left=window_left,
         )
         self._num_keys = last(kv_indptr)
 
@@ -145,8 +158,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         Args:
           q: [qo_indptr[-1], num_qo_heads, head_dim]; with fixed capacities also of the largest
             number of rows.
-          k, v: [kv_indptr[-1] or more, num_kv_heads, head_dim], or with the first two axes swapped
-            for "HND".
+          k, v: [kv_indptr[-1] or more, num_kv_heads, head_dim], V's head_dim being head_dim_vo, or
+            with the first two axes swapped for "HND".
           q_scale, k_scale, v_scale, return_lse, lse_base: as for the decode wrapper.
 
         Returns, raises: as `BatchPrefillWithPagedKVCacheWrapper.run`.

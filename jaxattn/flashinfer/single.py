@@ -10,13 +10,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import ragged_prefill
 from jaxattn.checks import check_choice, check_scale, check_shape
-from jaxattn.flashinfer.arguments import (
-    check_layout,
-    check_scalar,
-    fold_scales,
-    one_dtype,
-)
-from jaxattn.flashinfer.options import OPTIONS, flashinfer_options
+from jaxattn.flashinfer.arguments import check_layout, check_scalar, float_dtype, fold_scales
+from jaxattn.flashinfer.logits import Logits
+from jaxattn.flashinfer.masks import CustomMask
+from jaxattn.flashinfer.options import flashinfer_options
 from jaxattn.flashinfer.programs import attend, compiled_plan_ragged_prefill
 from jaxattn.merge import LSE_BASES
 
@@ -54,16 +51,27 @@ def single_prefill_with_kv_cache(
     Args:
       q: [qo_len, num_qo_heads, head_dim]; float16, bfloat16 or float32.
       k, v: [kv_len, num_kv_heads, head_dim] ("NHD") or [num_kv_heads, kv_len, head_dim] ("HND"),
-        q's dtype.
+        q's dtype. V may have a head_dim of its own.
+      o_dtype: dtype of the output; default: q's.
+      custom_mask: bool [qo_len, kv_len], True where a query sees a key.
+      packed_custom_mask: uint8 [ceil(qo_len * kv_len / 8)], the bits of that mask, flattened, as
+        `packbits(..., bitorder="little")` gives them. It goes before custom_mask, which goes before
+        causal.
       causal: query i sees keys 0 .. kv_len - qo_len + i; needs kv_len >= qo_len.
+      pos_encoding_mode: "NONE", or "ALIBI" with ALiBi's slopes for num_qo_heads; as for
+        `BatchPrefillWithPagedKVCacheWrapper.plan`.
       sm_scale: default 1 / sqrt(head_dim).
-      return_lse: also return the logsumexp of the scaled scores.
+      window_left: keys that a query sees before its own position, besides its own, whatever else
+        says what it sees; -1: all.
+      logits_soft_cap: logits become `cap * tanh(logit / cap)`; None or 0: as they are.
+      return_lse: also return the logsumexp of the logits.
       k_scale: a Python number that multiplies sm_scale.
       v_scale: a number or scalar array that multiplies the output.
       lse_base: "log2" or "ln".
 
     Returns:
-      o, shaped and typed as q; with return_lse, (o, lse float32 [qo_len, num_qo_heads]).
+      o [qo_len, num_qo_heads, V's head_dim]; with return_lse, (o, lse float32 [qo_len,
+      num_qo_heads]).
 
     Raises:
       KeyError: an unknown kv_layout or pos_encoding_mode.
@@ -75,31 +83,36 @@ def single_prefill_with_kv_cache(
     check_shape("q", q, ("qo_len", "num_qo_heads", "head_dim"))
     check_shape("k", k, ("kv_len", "num_kv_heads", q.shape[-1]))
     qo_len, num_qo_heads, head_dim = q.shape
-    if v.shape[:-1] == k.shape[:-1]:
-        OPTIONS["head_dim_vo"].check("head_dim_vo", v.shape[-1], dict(head_dim_qk=head_dim))
-    if o_dtype is not None:
-        one_dtype(q=q.dtype, o_dtype=o_dtype)
+    logits = Logits.of(head_dim, sm_scale, logits_soft_cap, pos_encoding_mode)
     kv_len, num_kv_heads = (k.shape[kv_layout.index(axis)] for axis in "NH")
-    if causal and kv_len < qo_len:
+    if packed_custom_mask is None and custom_mask is not None:
+        check_shape("custom_mask", custom_mask, (qo_len, kv_len))
+    qo_indptr = np.array([0, qo_len], np.int32)
+    mask = CustomMask.of(custom_mask, packed_custom_mask, qo_indptr, np.array([kv_len]))
+    if causal and mask is None and kv_len < qo_len:
         raise ValueError(
             f"a causal prefill needs at least as many keys as queries; got {kv_len=}, {qo_len=}"
         )
     plan = compiled_plan_ragged_prefill(
-        np.array([0, qo_len], np.int32),
+        qo_indptr,
         np.array([0, kv_len], np.int32),
+        mask,
         num_qo_tokens=qo_len,
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         causal=causal,
+        window_left=window_left,
     )
     return attend(
         ragged_prefill,
         q,
         (k, v),
         plan,
+        None,
         check_scalar("v_scale", v_scale),
         kv_layout=kv_layout,
-        sm_scale=fold_scales(check_scale(sm_scale, head_dim), k_scale=k_scale),
+        logits=logits.scaled(k_scale=k_scale),
+        out_dtype=q.dtype if o_dtype is None else float_dtype("o_dtype", o_dtype),
         lse_base=lse_base if return_lse else None,
     )
 
@@ -139,7 +152,7 @@ def single_decode_with_kv_cache(
       The rest: as for `single_prefill_with_kv_cache`.
 
     Returns:
-      o, shaped and typed as q; with return_lse, (o, lse float32 [num_qo_heads]).
+      o [num_qo_heads, V's head_dim], q's dtype; with return_lse, (o, lse float32 [num_qo_heads]).
 
     Raises: as `single_prefill_with_kv_cache`.
     """
@@ -149,6 +162,9 @@ def single_decode_with_kv_cache(
         k,
         v,
         kv_layout=kv_layout,
+        pos_encoding_mode=pos_encoding_mode,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
         sm_scale=fold_scales(check_scale(sm_scale, q.shape[-1]), q_scale=q_scale),
         return_lse=return_lse,
         k_scale=k_scale,
