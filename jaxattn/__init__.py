@@ -34,7 +34,9 @@ from jaxattn.flashinfer import get_seq_lens as get_seq_lens
 from jaxattn.flashinfer import merge_state as merge_state
 from jaxattn.flashinfer import merge_state_in_place as merge_state_in_place
 from jaxattn.flashinfer import merge_states as merge_states
+from jaxattn.flashinfer import packbits as packbits
 from jaxattn.flashinfer import rmsnorm as rmsnorm
+from jaxattn.flashinfer import segment_packbits as segment_packbits
 from jaxattn.flashinfer import single_decode_with_kv_cache as single_decode_with_kv_cache
 from jaxattn.flashinfer import single_prefill_with_kv_cache as single_prefill_with_kv_cache
 from jaxattn.flashinfer import (
@@ -43,8 +45,6 @@ from jaxattn.flashinfer import (
 from jaxattn.kv_cache import PagedKVCache as PagedKVCache
 from jaxattn.kv_cache import PageTable as PageTable
 from jaxattn.operands import MaskBits as MaskBits
-from jaxattn.operands import packbits as packbits
-from jaxattn.operands import segment_packbits as segment_packbits
 from jaxattn.plan import AttentionPlan as AttentionPlan
 from jaxattn.plan import plan_decode as plan_decode
 from jaxattn.plan import plan_prefill as plan_prefill

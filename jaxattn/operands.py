@@ -16,6 +16,8 @@ from jax import Array
 
 from jaxattn.checks import check_choice, check_index, check_shape
 
+MAX_BYTES = 2**28 - 1  # of mask bits
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,8 @@ class MaskBits:
         if mask.dtype != jnp.bool_:
             raise TypeError(f"custom_mask must be bool; got {mask.dtype}: use mask.astype(bool)")
         sizes = (qo_indptr[1:] - qo_indptr[:-1]) * kv_len
-        return cls(*segment_packbits(mask, jnp.pad(jnp.cumsum(sizes, dtype=jnp.int32), (1, 0))))
+        indptr = jnp.pad(jnp.cumsum(sizes, dtype=jnp.int32), (1, 0))
+        return cls(*segment_packbits(mask, indptr, "little"))
 
     def check(self, batch_size: int) -> None:
         """Raises ValueError or TypeError, with the reason, unless the arrays are bits of so many requests."""
@@ -104,6 +107,11 @@ class MaskBits:
         if self.bits.dtype != jnp.uint8:
             raise TypeError(f"packed_custom_mask must be uint8; got {self.bits.dtype}")
         check_index("mask_indptr", self.indptr, batch_size + 1)
+        if self.bits.shape[0] > MAX_BYTES:
+            raise ValueError(
+                f"packed_custom_mask must have at most {MAX_BYTES} bytes, whose bits an int32 counts; "
+                f"got {self.bits.shape[0]}: split the batch"
+            )
 
     def seen(self, index: Array, load: Callable[[Array, Array], Array] | None = None) -> Array:
         """bool: the bits at index int32 [...], counted from the first byte's lowest.
@@ -119,15 +127,15 @@ class MaskBits:
         return exists & (((value.astype(jnp.int32) >> (index & 7)) & 1) == 1)
 
 
-def packbits(x: Array, bitorder: str = "little") -> Array:
-    """Eight bools a byte, as FlashInfer's `packbits`: bool [n] -> uint8 [ceil(n / 8)]."""
+def packbits(x: Array, bitorder: str) -> Array:
+    """Eight bools a byte: bool [n] -> uint8 [ceil(n / 8)]; `MaskBits` wants bitorder "little"."""
     check_shape("x", x, ("n",))
     check_choice("bitorder", bitorder, ("little", "big"))
     return jnp.packbits(x.astype(bool), bitorder=bitorder)
 
 
-def segment_packbits(x: Array, indptr: Array, bitorder: str = "little") -> tuple[Array, Array]:
-    """`packbits` of each segment, which begin on a byte each, as FlashInfer's `segment_packbits`; inside jit as well.
+def segment_packbits(x: Array, indptr: Array, bitorder: str) -> tuple[Array, Array]:
+    """`packbits` of each segment, which begin on a byte each; inside jit as well.
 
     Args:
       x: bool [n].

@@ -208,10 +208,11 @@ def _run_item(
         return modified(score_mods, x, *at, query_head[:, None], arrays)
 
     def step(i, state):
-        position, plain = item.kv_begin + i * block_kv, True
+        position: jax.Array = item.kv_begin + i * block_kv
+        plain: jax.Array | bool = True
         if bits is not None:
             position, all_set = bits.visit(position)
-            plain = plain & all_set
+            plain = all_set
         k, v = keys.load(position, limits.first_begin, kv_end, trusted=trusted)
         s = score(softmax.dot(q, k, trans_b=True), position)
         # Most tiles are seen in full by every row.
