@@ -434,6 +434,9 @@ def _case(
     return Case(name, functools.partial(build, *args, **kwargs), hot, accepted)
 
 
+# 255 registers hold the 128-row tile but for four values: a tile reads these back, 4 of its thousand instructions.
+FOUR = "16 + 16 bytes"
+
 # Names: heads/KV heads, d head_dim, p page size; prefill is 4 x 4096 tokens unless it says so.
 CASES = (
     _case("decode bf16 32/8 d128 p1", _decode, 32, 8, 128, 1, hot=True),
@@ -448,11 +451,13 @@ CASES = (
     _case("decode bf16 32/8 d80 p16", _decode, 32, 8, 80, 16),
     _case("decode bf16 32/8 d256 p16", _decode, 32, 8, 256, 16),
     _case("prefill bf16 32/8 d128 p1", _prefill, 32, 8, 128, 1, hot=True),
-    _case("prefill bf16 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True),
-    _case("prefill fp16 32/8 d128 p16", _prefill, 32, 8, 128, 16, jnp.float16, hot=True),
+    _case("prefill bf16 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True, accepted=FOUR),
+    _case(
+        "prefill fp16 32/8 d128 p16", _prefill, 32, 8, 128, 16, jnp.float16, hot=True, accepted=FOUR
+    ),
     _case("prefill fp32 32/8 d128 p16", _prefill, 32, 8, 128, 16, jnp.float32),
     _case("prefill fp32 32/8 d256 p16", _prefill, 32, 8, 256, 16, jnp.float32),
-    _case("prefill bf16 32/32 d128 p16", _prefill, 32, 32, 128, 16, hot=True),
+    _case("prefill bf16 32/32 d128 p16", _prefill, 32, 32, 128, 16, hot=True, accepted=FOUR),
     _case("prefill bf16 32/4 d128 p16", _prefill, 32, 4, 128, 16),
     _case("prefill bf16 32/8 d64 p16", _prefill, 32, 8, 64, 16, hot=True, accepted="serialized"),
     _case("prefill bf16 32/8 d80 p16", _prefill, 32, 8, 80, 16),
@@ -462,7 +467,18 @@ CASES = (
     _case("prefill bf16 32/8 d64 p16 32x16", _prefill, 32, 8, 64, 16, batch=32, new=16, hot=True),
     _case("prefill bf16 32/8 d256 p16 32x16", _prefill, 32, 8, 256, 16, batch=32, new=16),
     _case("prefill bf16 32/32 d128 p16 32x4", _prefill, 32, 32, 128, 16, batch=32, new=4),
-    _case("prefill bf16 32/8 d128 p16 8x128", _prefill, 32, 8, 128, 16, batch=8, new=128, hot=True),
+    _case(
+        "prefill bf16 32/8 d128 p16 8x128",
+        _prefill,
+        32,
+        8,
+        128,
+        16,
+        batch=8,
+        new=128,
+        hot=True,
+        accepted=FOUR,
+    ),
     _case("ragged bf16 32/8 d128", _ragged_prefill, 32, 8, 128, hot=True),
     _case("ragged fp16 32/8 d128", _ragged_prefill, 32, 8, 128, jnp.float16),
     _case("ragged bf16 32/32 d64", _ragged_prefill, 32, 32, 64),

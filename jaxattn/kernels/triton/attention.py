@@ -100,9 +100,9 @@ def _attention_kernel(
         return run(sound=sound, trusted=False)
     # Registers of tall tiles hold no checks: programs for tables that need them have code of their own.
     jax.lax.cond(
-        sound,
-        functools.partial(run, sound=True, trusted=True),
+        ~sound,
         functools.partial(run, sound=False, trusted=False),
+        functools.partial(run, sound=True, trusted=True),
     )
 
 
