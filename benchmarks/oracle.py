@@ -184,10 +184,10 @@ def _replay(
 
 def _is_sound(case: Plan, pages: Pages, outputs: Sequence[Array]) -> bool:
     """Whether a plan's items meet every key of every request exactly once, on its pages, and can be merged."""
-    page_ids, page_start, kv_len, max_page, rows = map(np.asarray, outputs)
+    page_ids, page_start, kv_len, page_range, rows = map(np.asarray, outputs)
     sound = np.array_equal(page_ids, pages.indices) and np.array_equal(kv_len, case.kv_lens)
     sound &= np.array_equal(page_start, pages.indptr[:-1])
-    sound &= max_page == pages.indices.max()
+    sound &= np.array_equal(page_range, [pages.indices.min(), pages.indices.max()])
 
     group = case.num_qo_heads // case.num_kv_heads
     keys, start = (np.repeat(a, group) for a in (case.kv_lens, pages.indptr[:-1]))

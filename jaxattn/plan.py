@@ -35,8 +35,8 @@ class AttentionPlan:
       qo_indptr: int32 [b + 1], query tokens of request i are `qo_indptr[i]:qo_indptr[i + 1]`; None for decode, where
         token i is request i's only one.
       page_indices: int32 [capacity], page ids of all requests; None for contiguous keys.
-      max_page: int32 [1], the largest page id that a query may see, 2^31 - 1 where one is negative; None for contiguous
-        keys. Caches with as many pages or fewer lack some of them.
+      page_range: int32 [2], the smallest and the largest page id that a query may see; a negative one counts as
+        2^31 - 1, which no cache has. None for contiguous keys.
       page_start: int32 [b], each request's first entry in page_indices, or its first row of contiguous keys.
       kv_len: int32 [b], tokens of each request, its new ones included: its last query token stands at kv_len - 1.
       kv_end: int32 [b], keys of each request that have a page: kv_len, unless the table is too short for it.
@@ -48,7 +48,7 @@ class AttentionPlan:
 
     qo_indptr: Array | None
     page_indices: Array | None
-    max_page: Array | None
+    page_range: Array | None
     page_start: Array
     kv_len: Array
     kv_end: Array
@@ -149,7 +149,7 @@ def plan_decode(
     return AttentionPlan(
         qo_indptr=None,
         page_indices=page_table.indices,
-        max_page=keys.max_page(spec.visible.begin(kv_len - 1)),
+        page_range=keys.page_range(spec.visible.begin(kv_len - 1)),
         page_start=page_start,
         kv_len=kv_len,
         kv_end=kv_end,
@@ -324,7 +324,7 @@ def _plan_prefill(
     return AttentionPlan(
         qo_indptr=qo_indptr,
         page_indices=keys.page_indices,
-        max_page=keys.max_page(behind),
+        page_range=keys.page_range(behind),
         page_start=keys.page_start,
         kv_len=keys.kv_len,
         kv_end=keys.kv_end,

@@ -75,8 +75,8 @@ class Keys:
         end = jnp.clip(table.indptr[-1], 0, table.indices.size)
         return cls(table.indices, start, kv_len, kv_end, page_size, end)
 
-    def max_page(self, begin: int | Array) -> Array | None:
-        """As `AttentionPlan.max_page`, of the keys from position begin [b] on."""
+    def page_range(self, begin: int | Array) -> Array | None:
+        """As `AttentionPlan.page_range`, of the keys from position begin [b] on."""
         if self.page_indices is None:
             return None
         entry = jnp.arange(self.page_indices.size, dtype=jnp.int32)
@@ -85,8 +85,10 @@ class Keys:
             request = jnp.searchsorted(self.page_start, entry, side="right") - 1
             first = self.page_start + begin // self.page_size
             used &= entry >= first[jnp.maximum(request, 0)]
-        page = jnp.where(self.page_indices < 0, 2**31 - 1, self.page_indices)
-        return jnp.max(jnp.where(used, page, 0), keepdims=True)
+        most = jnp.int32(2**31 - 1)
+        page = jnp.where(self.page_indices < 0, most, self.page_indices)
+        lowest, highest = jnp.where(used, page, most).min(), jnp.where(used, page, 0).max()
+        return jnp.stack([lowest, highest])
 
 
 def aligned(begin: int | Array, page_size: int, shape: tuple[int, ...]) -> Array:

@@ -46,7 +46,7 @@ def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool 
 
             def plan_arrays(table):
                 plan = ja.plan_decode(table, **shape)
-                pages = (plan.page_indices, plan.page_start, plan.kv_len, plan.max_page)
+                pages = (plan.page_indices, plan.page_start, plan.kv_len, plan.page_range)
                 return *pages, plan.items
 
             plan_arrays = jax.jit(plan_arrays)

@@ -43,18 +43,20 @@ class Keys:
     indices_ref: jax.Ref | None  # int32 [capacity]; None for contiguous keys
     start: jax.Array  # the request's first entry in indices; its first row of contiguous keys
     head: jax.Array
+    spare_page: jax.Array | int  # a page of the cache whose first slot some request owns
 
     def tokens(self, position: jax.Array) -> jax.Array:
         """Positions int32 [k] of a tile's tokens in their request."""
         return position + jnp.arange(self.source.block, dtype=jnp.int32)
 
     def load(
-        self, position: jax.Array, begin: jax.Array | None, end: jax.Array, *, trusted: bool
+        self, position: jax.Array, begin: jax.Array | None, end: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """K [k, d] and V [k, dv] of the tokens from `position` on; `trusted`: every page of theirs is in the cache.
+        """K [k, d] and V [k, dv] of the tokens from `position` on.
 
-        Values are zeros in tokens that do not exist: a product with a weight of 0 needs something finite. Keys are
-        there whatever lies in a row of the cache; their scores are for the caller to mask.
+        Tokens that are not there have something finite for a value, which a product with a weight of 0 needs: zeros
+        outside of begin .. end - 1, and on a page that is not in the cache what lies in `spare_page`'s first slot.
+        Keys are whatever lies there; their scores are for the caller to mask.
 
         Where pages divide `block`, position is a page's first token; where blocks divide the page size, a block's.
         """
@@ -64,27 +66,21 @@ class Keys:
             rows = (self.start + jnp.minimum(self.tokens(position), end - 1)) * strides.slot
         else:
             page_id, slot, known = self._pages(position, end)
-            if not trusted:
-                exist &= known
-                page_id = jnp.clip(page_id, 0, (self.source.num_pages or 1) - 1)
             rows = page_id * strides.page + slot * strides.slot
+            rows = jnp.where(known, rows, self.spare_page * strides.page)
         rows += self.head * strides.head
         return (
             _load_rows(self.k_ref, rows, None),
             _load_rows(self.v_ref, rows + strides.value, exist[:, None]),
         )
 
-    def exist(
-        self, position: jax.Array, begin: jax.Array | None, end: jax.Array, *, trusted: bool
-    ) -> jax.Array:
+    def exist(self, position: jax.Array, begin: jax.Array | None, end: jax.Array) -> jax.Array:
         """bool [k]: which tokens from `position` on lie in begin .. end - 1 (None: before end) and have a page.
 
         It looks their pages up again: an id that is used by more than addresses is not loaded ahead.
         """
         exist = self._between(position, begin, end)
-        if trusted or self.indices_ref is None:
-            return exist
-        return exist & self._pages(position, end)[2]
+        return exist if self.indices_ref is None else exist & self._pages(position, end)[2]
 
     def _between(self, position, begin, end):
         tokens = self.tokens(position)
@@ -96,7 +92,9 @@ class Keys:
         last, _ = divmod_by(end - 1, self.source.page_size)
         assert self.indices_ref is not None and self.source.num_pages is not None
         page_id = plgpu.load(self.indices_ref.at[self.start + jnp.minimum(page, last)])
-        return page_id, slot, (page_id >= 0) & (page_id < self.source.num_pages)
+        # Unsigned, a negative id is a large one.
+        known = page_id.astype(jnp.uint32) < jnp.uint32(self.source.num_pages)
+        return page_id, slot, known
 
     def _page_and_slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Which page of its request and which slot of the page, int32 [k], hold the tile's tokens.

@@ -58,7 +58,7 @@ def _attention_kernel(
     v_ref,  # [num_rows, dv]
     items_ref,  # int32 [w, 9]
     indices_ref,  # int32 [capacity]; None for contiguous keys
-    max_page_ref,  # int32 [1], as in the plan; likewise
+    page_range_ref,  # int32 [2], as in the plan; likewise
     limits_ref,  # int32 [t, 2] or None
     mask_refs: PlannedMask | None,
     sinks_ref,  # float32 [h] or None
@@ -71,60 +71,6 @@ def _attention_kernel(
     arrivals_ref,
     *,
     static: Statics,
-):
-    """Runs the item; where every page in use is in the cache, without checks of pages."""
-    few = static.config.block_rows <= MAX_FEW_ROWS
-    run = functools.partial(
-        _run_item,
-        q_ref,
-        k_ref,
-        v_ref,
-        items_ref,
-        indices_ref,
-        limits_ref,
-        mask_refs,
-        sinks_ref,
-        score_mods,
-        o_ref,
-        lse_ref,
-        o_partial_ref,
-        lse_partial_ref,
-        arrivals_ref,
-        static=static,
-    )
-    if not static.source.paged:
-        return run(sound=True, trusted=True)
-    sound = max_page_ref[0] < static.source.num_pages
-    if few:
-        # They wait for memory: checks cost nothing.
-        return run(sound=sound, trusted=False)
-    # Registers of tall tiles hold no checks: programs for tables that need them have code of their own.
-    jax.lax.cond(
-        ~sound,
-        functools.partial(run, sound=False, trusted=False),
-        functools.partial(run, sound=True, trusted=True),
-    )
-
-
-def _run_item(
-    q_ref,
-    k_ref,
-    v_ref,
-    items_ref,
-    indices_ref,
-    limits_ref,
-    mask_refs,
-    sinks_ref,
-    score_mods,
-    o_ref,
-    lse_ref,
-    o_partial_ref,
-    lse_partial_ref,
-    arrivals_ref,
-    *,
-    static: Statics,
-    sound: jax.Array | bool,
-    trusted: bool,
 ):
     spec, softmax, config, parts = static.spec, static.softmax, static.config, static.parts
     head, work, part = (pl.program_id(i) for i in range(3))
@@ -161,7 +107,11 @@ def _run_item(
         return plgpu.load(ref.at[query_head], mask=owned, other=other)
 
     # 2. The keys, and which of them a row sees.
-    keys = Keys(static.source, k_ref, v_ref, indices_ref, item.page_start, head)
+    num_pages = static.source.num_pages
+    lowest: jax.Array | int = 0
+    if num_pages is not None:
+        lowest, highest = page_range_ref[0], page_range_ref[1]
+    keys = Keys(static.source, k_ref, v_ref, indices_ref, item.page_start, head, lowest)
     bits = None
     kv_end = item.kv_end
     if mask_refs is not None:
@@ -184,14 +134,14 @@ def _run_item(
     else:
         limits = RowLimits.by_list(limits_ref, token, owned, kv_end)
 
-    if sound is not True:
-        # Where a page may be absent, no tile goes unmasked.
-        plain_end = jnp.where(sound, limits.plain_end, 0)
+    if num_pages is not None:
+        # Where a page in use is not in the cache, no tile goes unmasked.
+        plain_end = jnp.where(highest < num_pages, limits.plain_end, 0)
         limits = dataclasses.replace(limits, plain_end=plain_end)
 
     def masked(s, position):
         key = keys.tokens(position)
-        exist = keys.exist(position, limits.first_begin, kv_end, trusted=trusted)
+        exist = keys.exist(position, limits.first_begin, kv_end)
         seen = jnp.broadcast_to(exist[None, :], s.shape)
         for more in (limits.seen(key), None if bits is None else bits.seen(token, key)):
             seen = seen if more is None else seen & more
@@ -213,7 +163,7 @@ def _run_item(
         if bits is not None:
             position, all_set = bits.visit(position)
             plain = all_set
-        k, v = keys.load(position, limits.first_begin, kv_end, trusted=trusted)
+        k, v = keys.load(position, limits.first_begin, kv_end)
         s = score(softmax.dot(q, k, trans_b=True), position)
         # Most tiles are seen in full by every row.
         plain = plain & limits.all_see(position, block_kv)
@@ -229,6 +179,8 @@ def _run_item(
     num_tiles = (jnp.minimum(item.kv_end, kv_end) - item.kv_begin + block_kv - 1) // block_kv
     if bits is not None:
         num_tiles = (item.kv_end - item.kv_begin) // block_kv
+    if num_pages is not None:
+        num_tiles = jnp.where(lowest < num_pages, num_tiles, 0)
     o, lse = softmax.finalize(jax.lax.fori_loop(0, num_tiles, step, state))
 
     # 4. A whole tile is the answer; a split one is a partial state.
@@ -384,7 +336,7 @@ def _attention(
             v_ref=v_rows,
             items_ref=plan.items,
             indices_ref=plan.page_indices,
-            max_page_ref=plan.max_page,
+            page_range_ref=plan.page_range,
             limits_ref=plan.limits,
             mask_refs=plan.mask,
             sinks_ref=sinks,
