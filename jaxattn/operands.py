@@ -65,7 +65,13 @@ def modified(
 ) -> Array:
     """The logit float32 after each of score_mods in turn; `arrays[i]` are those of the i-th, per head."""
     for mod, own in zip(score_mods, arrays):
-        score = mod.fn(score, query_position, key_position, query_head, *own)
+        new = mod.fn(score, query_position, key_position, query_head, *own)
+        if new.dtype != score.dtype or new.shape != score.shape:
+            raise TypeError(
+                f"score_mod must return {score.dtype} {list(score.shape)}, as its score; "
+                f"got {new.dtype} {list(new.shape)}"
+            )
+        score = new
     return score
 
 
@@ -79,7 +85,7 @@ class MaskBits:
 
     Attributes:
       bits: uint8 [capacity].
-      indptr: int32 [b + 1], a request's bytes are `bits[indptr[r]:indptr[r + 1]]`.
+      indptr: int32 [b + 1], a request's bytes are `bits[indptr[r]:indptr[r + 1]]`, ceil(qo_len * kv_len / 8) of them.
     """
 
     bits: Array

@@ -193,12 +193,12 @@ def plan_prefill(
       num_qo_tokens: rows of q; those from qo_indptr[b] on have no keys.
       num_qo_heads, num_kv_heads: heads of q and of the cache (of one shard, under shard_map).
       page_size: tokens a page; default: the table's.
-      causal: a query sees no key behind its own position. Default: True, unless a mask is given.
+      causal: a query sees no key behind its own position. Default: True, unless a mask or window_right is given.
       window_left: keys that a query sees before its own position, besides its own; None or -1: all. Pages behind all
         windows are not read, and their entries in the table may hold anything.
       window_right: keys that it sees behind its own position (encoders); None or -1: all.
       mask: `MaskBits`, a bit for each query and key: tree speculation, documents. Blocks of keys whose bits are all
-        clear are not read.
+        clear are not read; other keys must hold finite values, also where their bits are clear.
       bidirectional_spans: int32 [num_qo_tokens, 2], first and last position (inclusive) of the span of tokens that a
         query token lies in; the tokens of a span, an image's say, see each other whole, whatever causal and window
         say. A span that does not hold its own token's position, (-1, -1) say, is none.
@@ -401,7 +401,7 @@ def _limits(
     first, last = jnp.asarray(spans)[:, 0], jnp.asarray(spans)[:, 1]
     inside = (0 <= first) & (first <= position) & (position <= last)
     begin = jnp.where(inside, jnp.minimum(begin, first), begin)
-    end = jnp.where(inside, jnp.maximum(end, jnp.minimum(last + 1, kv_end)), end)
+    end = jnp.where(inside, jnp.maximum(end, jnp.minimum(last, kv_end - 1) + 1), end)
     return jnp.stack([jnp.minimum(begin, end), end], axis=1)
 
 
@@ -450,8 +450,9 @@ def _spec(
     mask: MaskBits | None,
     spans: Array | None,
 ) -> AttentionSpec:
-    """What a prefill computes; causal unless a mask says what a query sees."""
-    causal = mask is None if causal is None else causal
+    """What a prefill computes; causal unless a mask or a window to the right says what a query sees."""
+    if causal is None:
+        causal = mask is None and window_right in (None, -1, 0)
     visible = Visible.of(causal, window_left, window_right)
     if spans is not None and visible == Visible():
         raise ValueError(

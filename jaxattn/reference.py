@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxattn.kv_cache import PagedKVCache, PageTable
 from jaxattn.operands import ScoreMod, modified
 from jaxattn.plan import AttentionPlan
-from jaxattn.spec import Score
+from jaxattn.spec import FAR, Score
 from jaxattn.work_list import expand
 
 # Queries and keys that are taken at once; of the longest tables, larger pieces, so that they are at most so many.
@@ -195,7 +195,7 @@ def _attend(
 
             return _state(rows, k, v, mask, logit)
 
-        begin_of_all, end_of_all = jnp.min(first, where=stop > first, initial=2**30), stop.max()
+        begin_of_all, end_of_all = jnp.min(first, where=stop > first, initial=FAR), stop.max()
         begin_of_all = jnp.minimum(begin_of_all, kv_end)
         state = attend_piece(begin_of_all)
         rest = jnp.arange(1, -(-capacity // piece), dtype=jnp.int32) * piece

@@ -15,6 +15,7 @@ from jax import Array
 
 from jaxattn.checks import check_heads
 
+FAR = 2**29  # beyond all keys
 Position = Any  # int, or int32 array
 
 
@@ -35,16 +36,24 @@ class Visible:
         """From the arguments of a plan, in which -1 is None too.
 
         Raises:
-          ValueError: a window that is no integer, or below -1.
+          ValueError: a window that is no integer, or below -1; a causal mask and a window to the right.
+          TypeError: a traced window.
         """
         windows = []
         for name, size in (("window_left", window_left), ("window_right", window_right)):
+            if isinstance(size, jax.core.Tracer):
+                raise TypeError(f"{name} must be a Python integer, known when the plan is traced")
             if size is not None and (isinstance(size, bool) or not hasattr(size, "__index__")):
                 raise ValueError(f"{name} must be an integer or None; got {size!r}")
             if size is not None and size < -1:
                 raise ValueError(f"{name} must be at least 0, or -1 or None for none; got {size}")
-            windows.append(None if size is None or size == -1 else int(size))
+            # A window of FAR keys is as good as none, and sums with positions stay within int32.
+            windows.append(None if size is None or size == -1 or size >= FAR else int(size))
         left, right = windows
+        if causal and right:
+            raise ValueError(
+                f"window_right={right} has no effect under a causal mask: set causal=False"
+            )
         return cls(left, 0 if causal else right)
 
     def begin(self, i: Position) -> Position:

@@ -91,6 +91,8 @@ def find_visits(
     """
     mask.check(keys.kv_len.shape[0])
     mask = jax.tree.map(jnp.asarray, mask)
+    if not mask.bits.size:  # a kernel takes no array without elements
+        mask = MaskBits(jnp.zeros(1, jnp.uint8), mask.indptr)
     group, num_tiles = spec.group, request.size
     # Rows that no request owns have no keys, and so no bits to look up.
     own = jnp.minimum(request, keys.kv_len.shape[0] - 1)

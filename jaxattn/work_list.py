@@ -135,10 +135,14 @@ def make_work_list(tiles: Tiles, how: Splitting) -> WorkList:
         splits, piece = jnp.ones_like(keys), keys
         capacity, num_slots = num_tiles, 0
 
-    # A prompt's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
-    owner, nth, used = expand(splits, capacity, backwards=how.tall)
+    # Contents that cannot be, an indptr that decreases say, may ask for more slots than there are: tiles stay whole.
+    splits = jnp.minimum(splits, num_slots + 1)
     partials = jnp.where(splits > 1, splits, 0)
     slot = running_sum(partials) - partials
+    fits = slot + partials <= num_slots
+    splits, piece = jnp.where(fits, splits, 1), jnp.where(fits, piece, keys)
+    # A prompt's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
+    owner, nth, used = expand(splits, capacity, backwards=how.tall)
     begin = tiles.kv_begin[owner]
     item = WorkItem(
         row_begin=tiles.row_begin[owner],
@@ -160,7 +164,10 @@ def make_work_list(tiles: Tiles, how: Splitting) -> WorkList:
 def _fair_splits(keys: Array, fill: int, min_blocks: int) -> tuple[Array, Array]:
     """The splits of each tile, and the keys of a split, where `fill` items share the keys fairly."""
     blocks = -(-keys // KV_BLOCK)
-    share = jnp.maximum(-(-blocks.sum(dtype=jnp.int32) // fill), min_blocks)
+    # The sum over fill, rounded up, by quotients and remainders: the sum itself may exceed an int32.
+    rest = (blocks % fill).sum(dtype=jnp.int32)
+    share = (blocks // fill).sum(dtype=jnp.int32) - (-rest // fill)
+    share = jnp.maximum(share, min_blocks)
     # Rounded: a second split for the little that exceeds a share would cost more than it saves.
     splits = jnp.maximum((2 * blocks + share) // (2 * share), 1)
     # Even pieces; rounding them to whole blocks may need one fewer.

@@ -370,3 +370,41 @@ def test_ragged_plan_errors(change, error, message):
 def test_page_table_errors(table, error, message):
     with pytest.raises(error, match=message):
         ja.plan_decode(table(table_of([4, 4], 16)), page_size=16, num_qo_heads=4, num_kv_heads=2)
+
+
+def test_more_keys_than_an_int32_counts():
+    """Two million causal tokens: the blocks of all tiles together exceed an int32; slots stay within bounds."""
+    n = jnp.asarray([0, 2**21], jnp.int32)
+    how = dict(num_qo_tokens=2**21, num_qo_heads=64, num_kv_heads=4, num_sms=NUM_SMS)
+    plan = jax.jit(lambda n: ja.plan_ragged_prefill(n, n, **how))(n)
+    items = WorkItem(*np.asarray(plan.items).T)
+    split = items.num_splits > 1
+    assert (items.slot + items.split)[split].max(initial=0) < plan.num_slots
+
+
+def test_slots_stay_within_bounds_where_an_indptr_decreases():
+    table = ja.PageTable(
+        *(jnp.asarray(x, jnp.int32) for x in ([0, 10, 2, 10], range(10), [16, 0, 16])), 16
+    )
+    plan = ja.plan_decode(
+        table, num_qo_heads=71, num_kv_heads=1, fixed_split_size=1, num_sms=NUM_SMS
+    )
+    items = WorkItem(*np.asarray(plan.items).T)
+    split = items.num_splits > 1
+    assert (items.slot + items.split)[split].max(initial=0) < plan.num_slots
+
+
+def test_windows_and_spans_of_the_largest_int32():
+    table = table_of([8], 4)
+    n = jnp.asarray([0, 12], jnp.int32)
+    how = dict(page_size=4, num_qo_tokens=12, num_qo_heads=1, num_kv_heads=1, num_sms=1)
+    for window in (2**31 - 1, 2**31, 2**40):
+        plan = ja.plan_prefill(n, table, window_left=window, **how)
+        assert (items_of(plan)[0].kv_begin, items_of(plan)[0].kv_end) == (0, 8)
+    spans = jnp.tile(jnp.asarray([[0, 2**31 - 1]], jnp.int32), (8, 1))
+    n, how = n.at[1].set(8), how | dict(num_qo_tokens=8)
+    plan = ja.plan_prefill(n, table, bidirectional_spans=spans, **how)
+    np.testing.assert_array_equal(plan.limits, np.tile([[0, 8]], (8, 1)))
+    with pytest.raises(ValueError, match="window_right=3 has no effect under a causal mask"):
+        ja.plan_prefill(n, table, causal=True, window_right=3, **how)
+    assert ja.plan_prefill(n, table, window_right=3, **how).spec.visible.window_right == 3

@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels.triton._rows import load
-from jaxattn.spec import Visible
+from jaxattn.spec import FAR, Visible
 from jaxattn.visits import MaskItem
 from jaxattn.work_list import KV_BLOCK
-
-FAR = 2**29  # beyond all keys
 
 
 @dataclasses.dataclass(frozen=True)
