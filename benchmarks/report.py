@@ -332,6 +332,7 @@ def _plots(runs: dict[str, Results]) -> str:
         f"![{title}, {run['meta']['gpu']}](benchmarks/results/{stem}_{plot}.png)"
         for plot, title in plots.items()
         for stem, run in runs.items()
+        if plot != "decode_step" or any(row["op"] == plot for row in run["rows"])
     )
 
 
