@@ -19,6 +19,7 @@ from jaxattn.checks import (
     check_shape,
 )
 from jaxattn.dispatch import dispatch
+from jaxattn.kernels.mosaic.serves import why_not_attention
 from jaxattn.kernels.triton.attention import contiguous_attention, paged_attention
 from jaxattn.kv_cache import LAYOUTS, PagedKVCache
 from jaxattn.operands import ScoreMod, alibi
@@ -65,7 +66,8 @@ def paged_decode(
       score_mod_arrays: [num_qo_heads] each; score_mod gets its query head's element.
       out_dtype: dtype of o, float16, bfloat16 or float32; default: q's.
       return_lse: also return the logsumexp of the logits.
-      backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
+      backend: "triton", "mosaic", "xla", "interpret", or None: on an NVIDIA GPU Triton, or on Hopper Mosaic for what
+        it serves (prefill in 16 bits of head_dim 64, 128 and 256, without masks, spans and score mods); XLA elsewhere.
 
     Returns:
       o [b, num_qo_heads, V's head_dim]; with return_lse, (o, lse float32 [b, num_qo_heads], natural log). A request
@@ -210,8 +212,13 @@ def ragged_prefill(
             k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
         return reference.ragged_attention(q, k, v, plan, sinks=sinks, score_mods=score_mods, **how)
 
+    def mosaic(*args, **how):
+        from jaxattn.kernels.mosaic.attention import contiguous_attention
+
+        return contiguous_attention(*args, name="jaxattn_prefill", kv_layout=kv_layout, **how)
+
     kernel = functools.partial(contiguous_attention, name="jaxattn_prefill", kv_layout=kv_layout)
-    return _run(options, kernel, xla, q, (k, v), plan)
+    return _run(options, kernel, xla, mosaic, q, (k, v), plan, v.shape[-1])
 
 
 class _Options(NamedTuple):
@@ -235,16 +242,24 @@ def _paged(name: str, q: Array, cache: PagedKVCache, plan: AttentionPlan, option
     def xla(q, cache, plan, sinks, score_mods, **how):
         return reference.paged_attention(q, cache, plan, sinks=sinks, score_mods=score_mods, **how)
 
-    return _run(options, functools.partial(paged_attention, name=name), xla, q, (cache,), plan)
+    def mosaic(*args, **how):
+        from jaxattn.kernels.mosaic.attention import paged_attention
+
+        return paged_attention(*args, name=name, **how)
+
+    kernel = functools.partial(paged_attention, name=name)
+    return _run(options, kernel, xla, mosaic, q, (cache,), plan, cache.head_dim_v)
 
 
 def _run(
     options: _Options,
     kernel: Callable[..., Any],
     xla: Callable[..., Any],
+    mosaic: Callable[..., Any],
     q: Array,
     kv: tuple[Any, ...],
     plan: AttentionPlan,
+    head_dim_v: int,
 ) -> Any:
     """Checks the options, and runs the op on (q, *kv, plan, sinks, score mods)."""
     how: dict[str, Any] = dict(
@@ -270,6 +285,9 @@ def _run(
         score_mods.append(ScoreMod.of(options.score_mod, options.score_mod_arrays, heads))
     elif len(options.score_mod_arrays):
         raise ValueError("score_mod_arrays are arguments of score_mod, which is None: give both")
+    why_not = why_not_attention(
+        q, head_dim_v, plan, score_mods=bool(score_mods), out_dtype=how["out_dtype"]
+    )
     # A kernel takes no array without elements.
     empty = not all(x.size for x in jax.tree.leaves((q, kv)))
     o, lse = dispatch(
@@ -281,6 +299,7 @@ def _run(
         plan,
         options.sinks,
         tuple(score_mods),
+        mosaic=why_not or functools.partial(mosaic, **how),
     )
     return (o, lse) if options.return_lse else o
 

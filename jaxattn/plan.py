@@ -41,6 +41,7 @@ class AttentionPlan:
       kv_len: int32 [b], tokens of each request, its new ones included: its last query token stands at kv_len - 1.
       kv_end: int32 [b], keys of each request that have a page: kv_len, unless the table is too short for it.
       items: int32 [w, 9], a `WorkItem` a row.
+      num_items: int32 [1], how many of them are used, the first ones; None for decode.
       limits: int32 [t, 2], the keys `limits[i, 0] .. limits[i, 1] - 1` are those that query token i sees; None where
         `spec.visible` says it for all.
       mask: bits that say it besides, or None.
@@ -53,6 +54,7 @@ class AttentionPlan:
     kv_len: Array
     kv_end: Array
     items: Array
+    num_items: Array | None
     limits: Array | None
     mask: PlannedMask | None
     spec: AttentionSpec = dataclasses.field(metadata=dict(static=True))
@@ -154,6 +156,7 @@ def plan_decode(
         kv_len=kv_len,
         kv_end=kv_end,
         items=work.items,
+        num_items=None,
         limits=None,
         mask=None,
         spec=spec,
@@ -329,6 +332,7 @@ def _plan_prefill(
         kv_len=keys.kv_len,
         kv_end=keys.kv_end,
         items=work.items,
+        num_items=work.count,
         limits=limits,
         mask=None if visits is None else visits.planned(work.owner),
         spec=spec,

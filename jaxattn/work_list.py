@@ -101,6 +101,7 @@ def aligned(begin: int | Array, page_size: int, shape: tuple[int, ...]) -> Array
 class WorkList(NamedTuple):
     items: Array  # int32 [w, 9], a `WorkItem` a row
     owner: Array  # int32 [w], the tile of each
+    count: Array  # int32 [1], how many of the items are used: the first ones
     num_slots: int  # capacity for partial states that they need
 
 
@@ -141,6 +142,7 @@ def make_work_list(tiles: Tiles, how: Splitting) -> WorkList:
     slot = running_sum(partials) - partials
     fits = slot + partials <= num_slots
     splits, piece = jnp.where(fits, splits, 1), jnp.where(fits, piece, keys)
+    splits = jnp.where(tiles.row_begin < tiles.row_end, splits, 0)
     # A prompt's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
     owner, nth, used = expand(splits, capacity, backwards=how.tall)
     begin = tiles.kv_begin[owner]
@@ -158,7 +160,7 @@ def make_work_list(tiles: Tiles, how: Splitting) -> WorkList:
     # An unused item owns no rows and no keys, so that its program does nothing.
     nothing = WorkItem(*(jnp.int32(x) for x in (0, 0, 0, 0, 0, 0, 0, 1, 0)))
     item = jax.tree.map(lambda field, empty: jnp.where(used, field, empty), item, nothing)
-    return WorkList(jnp.stack(item, axis=1), owner, num_slots)
+    return WorkList(jnp.stack(item, axis=1), owner, running_sum(splits)[-1:], num_slots)
 
 
 def _fair_splits(keys: Array, fill: int, min_blocks: int) -> tuple[Array, Array]:

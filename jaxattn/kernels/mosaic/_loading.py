@@ -1,0 +1,98 @@
+"""The loading warpgroup: it fills the stages of shared memory with tiles of K and V, as the computing ones empty them.
+
+A stage is `full` when its copies are there, `empty` when both computing warpgroups have read it. Tiles go from a work
+item's last to its first, and on to the next item's.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxattn.kernels.mosaic import _private
+from jaxattn.kernels.mosaic import _warpgroup as wg
+from jaxattn.kernels.mosaic._keys import Keys
+
+WARPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Tiles [stages, k, d] of K or of V in shared memory, and their barriers."""
+
+    tiles: Any
+    full: Any
+    empty: Any
+
+    @property
+    def count(self) -> int:
+        return self.tiles.shape[0]
+
+    def stage(self, n: jax.Array) -> jax.Array:
+        """Where the n-th tile that this block loads lies."""
+        return lax.rem(n, jnp.int32(self.count))
+
+    def wait_empty(self, n: jax.Array) -> None:
+        pl.when(n >= self.count)(lambda: plgpu.barrier_wait(self.empty.at[self.stage(n)]))
+
+
+def load_boxes(keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages) -> None:
+    """A work item's tiles by the copy engine: two warps start K's boxes, two V's. n tiles were loaded before."""
+    tiles = keys.span.tiles
+
+    def stream(ref: Any, stages: Stages, value: bool, numbers: list[int]) -> None:
+        def tile(i, pages):
+            # Page ids are read a tile ahead.
+            coming = keys.pages(tiles - 2 - i, numbers)
+            stages.wait_empty(n + i)
+            stage = stages.stage(n + i)
+            for source, place in keys.boxes(ref, value, tiles - 1 - i, numbers, pages):
+                plgpu.copy_gmem_to_smem(
+                    source, stages.tiles.at[stage, place], stages.full.at[stage]
+                )
+            return coming
+
+        lax.fori_loop(0, tiles, tile, keys.pages(tiles - 1, numbers))
+
+    boxes, half = keys.source.boxes, WARPS // 2
+
+    def warp(w):
+        for part in range(half):
+            numbers = [i for i in range(boxes) if i * half // boxes == part]
+            if numbers:
+                pl.when(w == part)(lambda: stream(refs[0], k, False, numbers))
+                pl.when(w == half + part)(lambda: stream(refs[1], v, True, numbers))
+
+    plgpu.warp_map(warp)
+
+
+def load_rows(keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages) -> None:
+    """A work item's tiles by the threads, each token's row by itself."""
+    tiles, value = keys.span.tiles, keys.source.strides.value
+
+    def put(ref, stages, n, rows):
+        stages.wait_empty(n)
+        stage = stages.stage(n)
+        wg.gather_rows(ref, stages.tiles.at[stage], rows)
+        _private.arrive_after_copies(stages.full.at[stage])
+
+    def put_value(n, rows):
+        put(refs[1], v, n, jnp.where(rows < 0, -1, rows + value) if value else rows)
+
+    def tile(i, carry):
+        before, rows = carry
+        coming = keys.rows(jnp.maximum(tiles - 2 - i, 0))
+        put(refs[0], k, n + i, rows)
+        # A tile's keys are wanted a step before its values.
+        put_value(n + i - 1, before)
+        return rows, coming
+
+    rows = keys.rows(tiles - 1)
+    put(refs[0], k, n, rows)
+    following = keys.rows(jnp.maximum(tiles - 2, 0))
+    last, _ = lax.fori_loop(1, tiles, tile, (rows, following))
+    put_value(n + tiles - 1, last)

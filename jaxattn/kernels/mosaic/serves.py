@@ -1,0 +1,49 @@
+"""What the Hopper lowering serves. What it does not, Triton does."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxattn.device import has_wgmma
+from jaxattn.plan import MAX_ROWS, AttentionPlan
+
+HEAD_DIMS = (64, 128, 256)
+
+
+def why_not() -> str | None:
+    """Why nothing runs here: the device, or JAX's version; None: it does."""
+    if not has_wgmma():
+        return "it needs an NVIDIA GPU of compute capability 9 (H100, H200)"
+    version = jax.__version_info__[:2]
+    if version < (0, 11):
+        return f"it needs JAX 0.11; this is {jax.__version__}"
+    return None
+
+
+def why_not_attention(
+    q: jax.Array,
+    head_dim_v: int,
+    plan: AttentionPlan,
+    *,
+    score_mods: bool,
+    out_dtype: jax.typing.DTypeLike,
+) -> str | None:
+    """Why this attention does not run here; None: it does."""
+    if (reason := why_not()) is not None:
+        return reason
+    d = q.shape[-1]
+    if q.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"it takes float16 and bfloat16; q is {q.dtype}"
+    if d not in HEAD_DIMS or head_dim_v != d:
+        return f"it takes head_dim {HEAD_DIMS}, the same for V; got {d} and {head_dim_v}"
+    if out_dtype != q.dtype:
+        return f"it writes q's dtype, {q.dtype}; out_dtype is {out_dtype}"
+    if score_mods:
+        return "it has no alibi_slopes and score_mod"
+    if plan.mask is not None or plan.limits is not None:
+        return "it has no masks and bidirectional_spans"
+    if plan.block_rows != MAX_ROWS:
+        return (
+            "it computes prefill in tiles of 128 rows (query token x query head of a KV head); this plan's requests "
+            "have fewer"
+        )
+    return None
