@@ -24,8 +24,8 @@ def has_wgmma() -> bool:
 
 
 def on_gpu() -> bool:
-    """Whether JAX's default device is a GPU."""
-    return jax.default_backend() == "gpu"
+    """Whether it is a GPU."""
+    return jax.default_backend() == "gpu" or getattr(_target(), "platform", None) == "gpu"
 
 
 def _target() -> Any:

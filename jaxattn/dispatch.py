@@ -48,7 +48,7 @@ def dispatch(
         return reference(*args)
     if backend == "interpret":
         return _with_derivative_of(reference, functools.partial(kernel, interpret=True))(*args)
-    compiled = functools.partial(kernel, interpret=False)
+    compiled: Callable[..., Any] = functools.partial(kernel, interpret=False)
     if backend != "triton" and not isinstance(mosaic, str):
         compiled = _batched_as(compiled, mosaic)
     compiled = _with_derivative_of(reference, compiled)

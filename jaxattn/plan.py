@@ -332,7 +332,7 @@ def _plan_prefill(
         kv_len=keys.kv_len,
         kv_end=keys.kv_end,
         items=work.items,
-        num_items=work.count,
+        num_items=work.num_items,
         limits=limits,
         mask=None if visits is None else visits.planned(work.owner),
         spec=spec,

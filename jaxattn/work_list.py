@@ -101,7 +101,7 @@ def aligned(begin: int | Array, page_size: int, shape: tuple[int, ...]) -> Array
 class WorkList(NamedTuple):
     items: Array  # int32 [w, 9], a `WorkItem` a row
     owner: Array  # int32 [w], the tile of each
-    count: Array  # int32 [1], how many of the items are used: the first ones
+    num_items: Array  # int32 [1], how many of the items are used: the first ones
     num_slots: int  # capacity for partial states that they need
 
 

@@ -54,6 +54,11 @@ class KeySource:
     def paged(self) -> bool:
         return self.num_pages is not None
 
+    def has(self, page: jax.Array) -> jax.Array:
+        """Whether a page is one of the cache."""
+        assert self.num_pages is not None
+        return (page >= 0) & (page < self.num_pages)
+
     @property
     def in_boxes(self) -> bool:
         """Whether the copy engine can move it: boxes begin and end with a block of 8 rows."""
@@ -147,9 +152,9 @@ class Keys:
         for number, page in zip(numbers, pages):
             position = self._position(j, number)
             if source.paged:
-                exists = (page >= 0) & (page < source.num_pages) & (position < self.span.end)
+                exists = source.has(page) & (position < self.span.end)
                 # A page beyond the cache's last stands for one that is not there.
-                page = jnp.where(exists, page, source.num_pages)
+                page = jnp.where(exists, page, source.num_pages or 0)
                 whole = source.page_size == source.box
                 offset: Any = 0 if whole else _times_8(lax.rem(position, source.page_size))
             else:
@@ -177,7 +182,7 @@ class Keys:
         return jnp.where(exists, row, -1)
 
     def absent(self, j: jax.Array) -> jax.Array:
-        """float32 [128], EACH: -inf where the page of thread i's key of tile j, its i-th, is not in the cache, else 0."""
+        """float32 [128], EACH: for the i-th key of tile j -inf where its page is not in the cache, else 0."""
         position = self.span.origin + j * self.source.block + wg.thread_number()
         _, exists = self._page(jnp.maximum(position, 0), position < self.span.end)
         return jnp.where(exists, 0.0, -jnp.inf)
@@ -186,8 +191,7 @@ class Keys:
         entry = self.span.page_start + lax.div(position, self.source.page_size)
         entry = jnp.clip(entry, 0, self.indices_ref.shape[0] - 1)
         page = wg.load_each(self.indices_ref, entry)
-        exists = exists & (page >= 0) & (page < self.source.num_pages)
-        return page, exists
+        return page, exists & self.source.has(page)
 
 
 def _times_8(x: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ item's last to its first, and on to the next item's.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -64,8 +65,10 @@ def load_boxes(keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages) 
         for part in range(half):
             numbers = [i for i in range(boxes) if i * half // boxes == part]
             if numbers:
-                pl.when(w == part)(lambda: stream(refs[0], k, False, numbers))
-                pl.when(w == half + part)(lambda: stream(refs[1], v, True, numbers))
+                load_k = functools.partial(stream, refs[0], k, False, numbers)
+                load_v = functools.partial(stream, refs[1], v, True, numbers)
+                pl.when(w == part)(load_k)
+                pl.when(w == half + part)(load_v)
 
     plgpu.warp_map(warp)
 

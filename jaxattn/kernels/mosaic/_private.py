@@ -19,7 +19,7 @@ _arrive_p.multiple_results = True
 
 
 def arrive_after_copies(barrier: Any) -> None:
-    """`barrier` (of one arrival) completes when the copies that all 128 threads have begun (`gather_rows`) are there."""
+    """`barrier` (of one arrival) completes when the copies that the threads have begun (`gather_rows`) are there."""
     ref, transforms = state_primitives.get_ref_and_transforms(barrier, None, "arrive_after_copies")
     flat, tree = jax.tree.flatten(transforms)
     _arrive_p.bind(ref, *flat, transforms_treedef=tree)

@@ -53,8 +53,8 @@ class Partials:
             def load(split):
                 rows = rows_of(split)
                 return (
-                    plgpu.load(self.o_ref, (rows, slice(None)), layout=TILE, optimized=False),
-                    plgpu.load(self.lse_ref, (rows,), layout=ROW, optimized=False) * LOG2E,
+                    plgpu.load(self.o_ref.at[rows], layout=TILE, optimized=False),
+                    plgpu.load(self.lse_ref.at[rows], layout=ROW, optimized=False) * LOG2E,
                 )
 
             def take(split, state):

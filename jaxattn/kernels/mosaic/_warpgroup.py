@@ -234,10 +234,8 @@ def _chunks(rows: int, d: int, tile: Any) -> Iterator[_Chunk]:
         for k in range(0, 8, rows_at_once)
     }
     for first in range(0, rows // WARPS, rows_at_once):
-        offset = first // 8 * columns * BLOCK_BYTES + first % 8 * 128
-        yield _Chunk(
-            arith.addi(row, _i32(first)), column, arith.addi(place[first % 8], _i32(offset))
-        )
+        down = first // 8 * columns * BLOCK_BYTES + first % 8 * 128
+        yield _Chunk(arith.addi(row, _i32(first)), column, arith.addi(place[first % 8], _i32(down)))
 
 
 def _row_address(ref, row, d, column, element_bytes=2):

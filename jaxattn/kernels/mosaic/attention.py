@@ -47,8 +47,8 @@ from jaxattn.work_list import WorkItem
 
 COMPUTING = 2  # warpgroups
 # Numbers of units in shared memory. The loading warpgroup is at most two tiles, so two units, ahead of the others, and
-# draws two more.
-RING = 8
+# draws one more.
+RING = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Unit(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Which units a block takes: the next one that no block has taken. Units with many keys come first of a request's,
-    so that the last ones are short. The loading warpgroup draws the numbers, two ahead, the computing ones read them.
+    so that the last ones are short. The loading warpgroup draws the numbers, one ahead, the computing ones read them.
     """
 
     static: Statics
@@ -230,22 +230,19 @@ def _attention_kernel(
         load = load_boxes if source.in_boxes else load_rows
 
         def a_unit(state):
-            r, number, coming, n = state
-            schedule.begin_draw(r + 2)
+            r, number, n = state
+            # Its latency hides behind the tiles; drawn earlier, blocks would not share the last units fairly.
+            schedule.begin_draw(r + 1)
             unit = schedule.unit(number)
             keys = Keys(source, unit.span, indices_ref, unit.head)
             load(keys, n, (k_ref, v_ref), keys_stages, values_stages)
-            return r + 1, coming, schedule.end_draw(r + 2), n + unit.span.tiles
+            return r + 1, schedule.end_draw(r + 1), n + unit.span.tiles
 
-        first, zero = schedule.first(), jnp.int32(0)
-
-        @pl.when(schedule.exists(first))
-        def _():
-            schedule.begin_draw(zero + 1)
-            second = schedule.end_draw(zero + 1)
-            lax.while_loop(
-                lambda state: schedule.exists(state[1]), a_unit, (zero, first, second, zero)
-            )
+        lax.while_loop(
+            lambda state: schedule.exists(state[1]),
+            a_unit,
+            (jnp.int32(0), schedule.first(), jnp.int32(0)),
+        )
 
     @pl.when(warpgroup < COMPUTING)
     def _compute():
@@ -294,7 +291,7 @@ def _attention_kernel(
                     row_ref[pl.ds(0, ROWS)] = lse
                     plgpu.commit_smem()
                     wg.scatter_rows(o_tile, o_ref, rows.q_rows(wg.row_of_thread(ROWS)))
-                    lse_of_thread = plgpu.load(row_ref, (slice(None),), layout=wg.EACH)
+                    lse_of_thread = plgpu.load(row_ref, layout=wg.EACH)
                     wg.store_each(lse_ref, rows.q_rows(wg.thread_number()), lse_of_thread)
 
                 sink = None
@@ -302,7 +299,7 @@ def _attention_kernel(
                     heads = rows.query_heads(wg.thread_number())
                     row_ref[...] = wg.load_each(sinks_ref, heads)
                     wg.sync()
-                    sink = plgpu.load(row_ref, (pl.ds(0, ROWS),), layout=ROW, optimized=False)
+                    sink = plgpu.load(row_ref.at[pl.ds(0, ROWS)], layout=ROW, optimized=False)
                     sink += jnp.where(item.split == 0, 0.0, -jnp.inf)
                     wg.sync()
                 o, lse = softmax.finalize(state, o, sink)
@@ -341,7 +338,7 @@ def _attention_kernel(
 
                 # An absent key's vector is zeros, its score finite.
                 absent = plgpu.load(
-                    absent_smem, (warpgroup, pl.ds(0, source.block)), layout=KEY, optimized=False
+                    absent_smem.at[warpgroup, pl.ds(0, source.block)], layout=KEY, optimized=False
                 )
                 return s + along_rows(absent, ROWS)
 

@@ -1,0 +1,410 @@
+"""The Hopper lowering: what it serves, its arithmetic, and on a GPU the same data and oracle as Triton's."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_lse, make_paged, same_bits
+from test_attention import check_prefill
+from test_variants import check
+from variants import Variant
+
+import jaxattn as ja
+from jaxattn.kernels.mosaic import serves
+from jaxattn.kernels.mosaic.serves import why_not_attention
+from jaxattn.spec import Visible
+from jaxattn.work_list import WorkItem
+
+i32 = lambda x: jnp.asarray(x, jnp.int32)
+JAX_0_11 = jax.__version_info__[:2] == (0, 11)
+KV_LENS, QO_LENS = [130, 1, 0, 300, 1000, 64, 257], [130, 1, 0, 257, 300, 64, 128]
+# So few multiprocessors to fill that tiles are of 128 rows and yet some are split.
+FEW_SMS = dict(num_sms=8)
+
+
+def plan_of(qo_len=2048, heads=(8, 2), **how):
+    table = ja.PageTable.from_block_table(i32([list(range(128))]), i32([2048]), 16)
+    return ja.plan_prefill(
+        i32([0, qo_len]),
+        table,
+        num_qo_tokens=qo_len,
+        num_qo_heads=heads[0],
+        num_kv_heads=heads[1],
+        disable_split_kv=True,
+        **how,
+    )
+
+
+def reason(dtype=jnp.bfloat16, d=128, dv=128, plan=None, **how):
+    how = dict(score_mods=False, out_dtype=dtype) | how
+    return why_not_attention(jnp.zeros((2048, 8, d), dtype), dv, plan or plan_of(), **how)
+
+
+def test_what_it_does_not_serve_has_a_reason(monkeypatch):
+    monkeypatch.setattr(serves, "why_not", lambda: None)
+    assert reason() is None
+    assert "float32" in reason(dtype=jnp.float32)
+    assert "96" in reason(d=96, dv=96)
+    assert "128 and 64" in reason(dv=64)
+    assert "out_dtype" in reason(out_dtype=jnp.float32)
+    assert "score_mod" in reason(score_mods=True)
+    spans = jnp.full((2048, 2), -1, jnp.int32)
+    assert "spans" in reason(plan=plan_of(bidirectional_spans=spans))
+    mask = ja.MaskBits(jnp.zeros(2048 * 256, jnp.uint8), i32([0, 2048 * 256]))
+    assert "masks" in reason(plan=plan_of(mask=mask))
+    table = ja.PageTable.from_block_table(i32([[0]]), i32([5]), 16)
+    few = ja.plan_prefill(i32([0, 4]), table, num_qo_tokens=4, num_qo_heads=8, num_kv_heads=2)
+    assert "128 rows" in reason(plan=few)
+
+
+@pytest.mark.parametrize("version", [(0, 10, 2), (0, 12, 0)])
+def test_it_is_for_one_version_of_jax(monkeypatch, version):
+    monkeypatch.setattr(serves, "has_wgmma", lambda: True)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert "JAX 0.11" in reason()
+
+
+def test_asked_for_where_it_cannot_run():
+    cache = ja.PagedKVCache.zeros(128, 16, 2, 128, jnp.float32)
+    q = jnp.zeros((2048, 8, 128), jnp.float32)
+    with pytest.raises(ValueError, match="backend='mosaic' cannot serve this call: it"):
+        ja.paged_prefill(q, cache, plan_of(), backend="mosaic")
+    with pytest.raises(ValueError, match="this op has no such kernel"):
+        ja.rmsnorm(jnp.zeros((2, 128)), jnp.ones(128), backend="mosaic")
+
+
+@pytest.mark.skipif(not JAX_0_11, reason="the lowering's modules are those of JAX 0.11")
+@pytest.mark.parametrize(
+    "visible", [(None, 0), (None, None), (100, 0), (7, 0), (300, 200), (64, 64)]
+)
+@pytest.mark.parametrize("paged", [True, False])
+def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
+    """Every key that a row sees lies in a tile; a tile without a mask is one that all rows see whole."""
+    from jaxattn.kernels.mosaic._keys import KeySource
+    from jaxattn.kernels.mosaic.attention import Rows, Statics, Unit
+    from jaxattn.kernels.mosaic.tiles import default_config
+    from jaxattn.spec import AttentionSpec, Score
+
+    visible, group, block = Visible(*visible), 4, 128
+    rng = np.random.default_rng(0)
+    source = (
+        KeySource("NHD", 16, 1000, False, None, block)
+        if paged
+        else KeySource.contiguous(4096, 2, "NHD", block)
+    )
+    spec = AttentionSpec(8, 2, visible)
+    static = Statics(spec, Score(1.0), source, default_config(128), 1)
+    for kv_len, qo_len in [(1, 1), (130, 130), (1000, 300), (1024, 64), (517, 33), (128, 128)]:
+        token = int(rng.integers(0, qo_len)) // 32 * 32
+        rows = min(128, (qo_len - token) * group)
+        first, last = (token + kv_len - qo_len + x for x in (0, (rows - 1) // group))
+        begin, end = (int(x) for x in visible.some(i32(first), i32(last), i32(kv_len)))
+        begin = begin // 16 * 16 if paged else begin
+        start = int(rng.integers(0, 50))
+        item = WorkItem(
+            *map(
+                i32,
+                (token * group, token * group + rows, kv_len - qo_len, start, begin, end, 0, 1, 0),
+            )
+        )
+        span = source.span(item, (i32(0), i32(999)) if paged else None)
+        unit = Rows(static, Unit(item, i32(0), span), item.row_begin, item.row_begin)
+        plain, low = unit.phases()
+        tiles, origin = int(span.tiles), int(span.origin)
+        assert origin <= begin and origin + tiles * block >= end
+        assert 1 <= int(plain) <= int(low)
+        if not paged:
+            assert (start + origin) % 8 == 0
+        for i in range(int(plain), min(int(low), tiles)):
+            keys = origin + (tiles - 1 - i) * block
+            for position in (first, last):
+                assert visible.begin(i32(position)) <= keys
+                assert visible.end(i32(position), i32(kv_len)) >= keys + block
+            assert begin <= keys
+
+
+@pytest.mark.skipif(not JAX_0_11, reason="the lowering is JAX 0.11's")
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_lowers_by_default_on_hopper(page_size):
+    """Also what is private of JAX's: a barrier that counts copies, which pages of one token need."""
+    mesh = jax.sharding.AbstractMesh(
+        (1,),
+        ("x",),
+        abstract_device=jax.sharding.AbstractDevice(
+            device_kind="NVIDIA H200", num_cores=None, platform="gpu"
+        ),
+    )
+    cache = jax.eval_shape(lambda: ja.PagedKVCache.zeros(2048 // page_size, page_size, 2, 128))
+
+    def prefill(q, cache, block_table, backend=None):
+        table = ja.PageTable.from_block_table(block_table, i32([2048]), page_size)
+        plan = ja.plan_prefill(
+            i32([0, 2048]), table, num_qo_tokens=2048, num_qo_heads=8, num_kv_heads=2
+        )
+        return ja.paged_prefill(q, cache, plan, backend=backend)
+
+    args = (
+        jax.ShapeDtypeStruct((2048, 8, 128), jnp.bfloat16),
+        cache,
+        jax.ShapeDtypeStruct((1, 2048 // page_size), jnp.int32),
+    )
+    for backend, kernel in ((None, "mosaic_gpu"), ("triton", "__gpu$xla.gpu.triton")):
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(prefill, static_argnames="backend").trace(*args, backend=backend)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert kernel in text
+
+
+def on_hopper():
+    return serves.why_not() is None
+
+
+@pytest.fixture
+def hopper():
+    if not on_hopper():
+        pytest.skip(f"the Hopper kernel does not run here: {serves.why_not()}")
+
+
+GPU_CASES = [
+    # page_size, kh, group, head_dim, dtype, layout, combined
+    *[(p, 2, 4, 128, jnp.bfloat16, "NHD", False) for p in (1, 4, 5, 8, 16, 64, 128, 256)],
+    *[(p, 2, 4, 128, jnp.bfloat16, "HND", False) for p in (1, 16, 256)],
+    *[
+        (p, 2, 4, 128, jnp.bfloat16, *how)
+        for p in (1, 16, 256)
+        for how in (("NHD", True), ("HND", True))
+    ],
+    *[(16, 3, g, 128, jnp.bfloat16, "NHD", False) for g in (1, 3, 5, 7, 8, 16, 71)],
+    *[(p, 2, 4, d, jnp.bfloat16, "NHD", False) for p in (1, 16, 64) for d in (64, 256)],
+    (16, 2, 4, 128, jnp.float16, "NHD", False),
+    (1, 2, 4, 64, jnp.float16, "HND", True),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size, kh, group, head_dim, dtype, layout, combined", GPU_CASES)
+def test_paged_prefill_gpu(hopper, page_size, kh, group, head_dim, dtype, layout, combined):
+    paged = make_paged(
+        KV_LENS,
+        page_size=page_size,
+        num_kv_heads=kh,
+        head_dim=head_dim,
+        dtype=dtype,
+        layout=layout,
+        combined=combined,
+    )
+    for causal in (True, False) if page_size in (1, 16) and group == 4 else (True,):
+        check_prefill(
+            paged, QO_LENS, dtype, group=group, backend="mosaic", causal=causal, **FEW_SMS
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kv_lens, qo_lens, splits",
+    [
+        ([9000], [300], dict(num_sms=16)),  # one request in many splits
+        ([3000, 2000], [600, 500], dict(num_sms=None)),
+        ([700, 33, 0, 900] * 10, [40, 33, 0, 100] * 10, dict(num_sms=None)),  # many units a block
+        (KV_LENS, QO_LENS, dict(disable_split_kv=True)),
+        (KV_LENS, QO_LENS, dict(fixed_split_size=128)),
+    ],
+)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_splits_and_schedules_gpu(hopper, kv_lens, qo_lens, splits, page_size):
+    if "fixed_split_size" in splits:
+        splits = dict(fixed_split_size=128 // page_size)
+    paged = make_paged(kv_lens, page_size=page_size, num_kv_heads=8, head_dim=128)
+    check_prefill(paged, qo_lens, jnp.bfloat16, group=4, backend="mosaic", causal=True, **splits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize(
+    "variant", [Variant(causal=True), Variant(), Variant(causal=True, window_left=70)]
+)
+def test_contiguous_gpu(hopper, layout, odd, variant):
+    """With a number of tokens that is a multiple of 8, which the copy engine takes, and with one that is not."""
+    kv_lens = [*KV_LENS[:-1], KV_LENS[-1] + (-sum(KV_LENS)) % 8 + odd]
+    check(
+        variant,
+        QO_LENS,
+        kv_lens,
+        op="ragged",
+        backend="mosaic",
+        group=4,
+        head_dim=(128, 128),
+        dtype=jnp.bfloat16,
+        layout=layout,
+        **FEW_SMS,
+    )
+
+
+VARIANTS = [
+    Variant(causal=True, window_left=0),
+    Variant(causal=True, window_left=127, sinks=True),
+    Variant(causal=True, window_left=300, soft_cap=20.0),
+    Variant(window_left=50, window_right=40),
+    Variant(window_right=200, sinks=True, soft_cap=30.0),
+    Variant(causal=True, soft_cap=5.0),
+    Variant(causal=True, sinks=True),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("page_size, head_dim", [(1, 128), (16, 128), (16, 64), (64, 256)])
+def test_variants_gpu(hopper, variant, page_size, head_dim):
+    check(
+        variant,
+        QO_LENS,
+        KV_LENS,
+        backend="mosaic",
+        page_size=page_size,
+        group=4,
+        head_dim=(head_dim, head_dim),
+        dtype=jnp.bfloat16,
+        **FEW_SMS,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [1, 16, 128])
+def test_absent_pages_gpu(hopper, page_size):
+    """A page that is not in the cache counts as absent keys: as a shorter request sees the others."""
+    paged = make_paged(
+        [1000, 900, 300], page_size=page_size, num_kv_heads=2, head_dim=128, spare_pages=0
+    )
+    bad = itertools.cycle([-1, paged.cache.num_pages, 2**31 - 1, -(2**31)])
+    indices = np.asarray(paged.table.indices).copy()
+    count = -(-1000 // page_size)
+    for entry in range(1, count, 3):
+        indices[entry] = next(bad)
+    table = ja.PageTable(paged.table.indptr, i32(indices), paged.table.last_page_len, page_size)
+    q = jnp.asarray(np.random.default_rng(1).standard_normal((900, 8, 128)), jnp.bfloat16)
+
+    def run(backend):
+        plan = ja.plan_prefill(
+            i32([0, 600, 800, 900]),
+            table,
+            num_qo_tokens=900,
+            num_qo_heads=8,
+            num_kv_heads=2,
+            **FEW_SMS,
+        )
+        return ja.paged_prefill(q, paged.cache, plan, return_lse=True, backend=backend)
+
+    o, lse = jax.jit(lambda: run("mosaic"))()
+    want, want_lse = jax.jit(lambda: run("xla"))()
+    assert_lse(lse, want_lse)
+    np.testing.assert_allclose(
+        o.astype(jnp.float32), want.astype(jnp.float32), atol=0.02, rtol=0.02
+    )
+
+
+def programs(page_size=16, tokens=2048):
+    """(a jitted prefill with backend, its arguments): two requests that fill the tokens."""
+    paged = make_paged([tokens, tokens], page_size=page_size, num_kv_heads=2, head_dim=128)
+    rng = np.random.default_rng(3)
+    q = jnp.asarray(rng.standard_normal((2 * tokens, 8, 128)), jnp.bfloat16)
+
+    def prefill(q, cache, table, backend="mosaic"):
+        plan = ja.plan_prefill(
+            i32([0, tokens, 2 * tokens]),
+            table,
+            num_qo_tokens=2 * tokens,
+            num_qo_heads=8,
+            num_kv_heads=2,
+        )
+        return ja.paged_prefill(q, cache, plan, return_lse=True, backend=backend)
+
+    return prefill, (q, paged.cache, paged.table)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_repeats_to_the_bit_gpu(hopper, page_size):
+    prefill, args = programs(page_size)
+    prefill = jax.jit(prefill)
+    first = prefill(*args)
+    for _ in range(20):
+        assert all(map(same_bits, first, prefill(*args)))
+
+
+@pytest.mark.gpu
+def test_in_programs_gpu(hopper):
+    """scan, while_loop, vmap and a derivative around it."""
+    prefill, args = programs(tokens=512)
+    want = jax.jit(prefill)(*args)
+
+    def scanned(*args):
+        return jax.lax.scan(lambda carry, _: (carry, prefill(*args)), 0, length=2)[1]
+
+    def looped(*args):
+        out = jax.tree.map(jnp.zeros_like, want)
+        return jax.lax.while_loop(
+            lambda s: s[0] < 2, lambda s: (s[0] + 1, prefill(*args)), (0, out)
+        )[1]
+
+    for got in jax.tree.leaves(jax.jit(scanned)(*args)):
+        assert any(same_bits(got[i], w) for w in want for i in (0, 1))
+    assert all(map(same_bits, want, jax.jit(looped)(*args)))
+    batched = jax.jit(jax.vmap(prefill, in_axes=(0, None, None)))(
+        jnp.stack([args[0]] * 2), *args[1:]
+    )
+    np.testing.assert_allclose(batched[1][1], want[1], rtol=2e-5, atol=2e-5)
+
+    def loss(q, backend):
+        return prefill(q, *args[1:], backend=backend)[0].astype(jnp.float32).sum()
+
+    ours, theirs = (
+        jax.jit(jax.grad(loss), static_argnums=1)(args[0], b) for b in ("mosaic", "xla")
+    )
+    np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=0.05)
+
+
+@pytest.mark.gpu
+def test_it_is_the_default_gpu(hopper):
+    prefill, args = programs()
+    lowered = jax.jit(lambda *args: prefill(*args, backend=None)).lower(*args)
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_cache_beyond_2_31_elements_gpu(hopper, gpu_memory, page_size):
+    gpu_memory(14)
+    kh, d, tokens = 8, 128, 1024
+    num_pages = 2**31 // (page_size * kh * d) + 1000
+    rng = np.random.default_rng(4)
+    boundary = 2**31 // (page_size * kh * d)
+    pages = boundary - 20 + rng.permutation(tokens // page_size if page_size > 1 else tokens)
+    k, v = (rng.standard_normal((tokens, kh, d)).astype(np.float32) for _ in range(2))
+    shape = (len(pages), page_size, kh, d)
+    arrays = []
+    for x in (k, v):
+        small = jnp.asarray(x, jnp.bfloat16).reshape(shape)
+        put = jax.jit(lambda c, s: c.at[i32(pages)].set(s), donate_argnums=0)
+        arrays.append(put(jnp.full((num_pages, page_size, kh, d), jnp.nan, jnp.bfloat16), small))
+    q = jnp.asarray(rng.standard_normal((tokens, 16, d)), jnp.bfloat16)
+
+    def run(cache, pages, backend):
+        table = ja.PageTable.from_block_table(pages[None], i32([tokens]), page_size)
+        plan = ja.plan_prefill(
+            i32([0, tokens]), table, num_qo_tokens=tokens, num_qo_heads=16, num_kv_heads=kh
+        )
+        return ja.paged_prefill(q, cache, plan, return_lse=True, backend=backend)
+
+    big = ja.PagedKVCache(tuple(arrays))
+    o, lse = jax.jit(run, static_argnums=2)(big, i32(pages), "mosaic")
+    small = ja.PagedKVCache(tuple(jnp.asarray(x, jnp.bfloat16).reshape(shape) for x in (k, v)))
+    want, want_lse = jax.jit(run, static_argnums=2)(
+        small, jnp.arange(len(pages), dtype=jnp.int32), "xla"
+    )
+    assert_lse(lse, want_lse)
+    np.testing.assert_allclose(
+        o.astype(jnp.float32), want.astype(jnp.float32), atol=0.02, rtol=0.02
+    )
