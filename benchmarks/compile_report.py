@@ -404,7 +404,14 @@ def _rope_pos_ids(heads: int, kv_heads: int, d: int, dtype: Any = jnp.bfloat16):
     return ja.apply_llama31_rope_pos_ids, (query, key, _struct(4096))
 
 
-def _rope_append(heads: int, kv_heads: int, d: int, norm: bool = False, dtype: Any = jnp.bfloat16):
+def _rope_append(
+    heads: int,
+    kv_heads: int,
+    d: int,
+    norm: bool = False,
+    apart: bool = False,
+    dtype: Any = jnp.bfloat16,
+):
     cache, table = _paged_kv(64, 8192, 16, kv_heads, d, dtype)
     weights = {f"{x}_norm_weight": _struct(d, dtype=dtype) for x in ("q", "k") if norm}
 
@@ -412,7 +419,9 @@ def _rope_append(heads: int, kv_heads: int, d: int, norm: bool = False, dtype: A
         where = (batch_indices, positions, cos_sin_cache, cache, table)
         return ja.rope_append_paged_kv_cache(qkv, *where, **weights)
 
-    qkv = _struct(4096, (heads + 2 * kv_heads) * d, dtype=dtype)
+    qkv: Any = _struct(4096, (heads + 2 * kv_heads) * d, dtype=dtype)
+    if apart:
+        qkv = tuple(_struct(4096, h * d, dtype=dtype) for h in (heads, kv_heads, kv_heads))
     cos_sin_cache = _struct(8192, d, dtype=jnp.float32)
     return step, (qkv, _struct(4096), _struct(4096), cos_sin_cache, cache, table, weights)
 
@@ -530,6 +539,7 @@ CASES = (
     _case("rope cache neox bf16 16/8 d256", _rope_cache, 16, 8, 256),
     _case("rope_append bf16 32/8 d128", _rope_append, 32, 8, 128, hot=True),
     _case("rope_append norm bf16 32/8 d128", _rope_append, 32, 8, 128, True, hot=True),
+    _case("rope_append apart bf16 32/8 d128", _rope_append, 32, 8, 128, False, True, hot=True),
     _case("rope_append norm bf16 64/8 d128", _rope_append, 64, 8, 128, True),
     _case("rope_append bf16 8/1 d128", _rope_append, 8, 1, 128),
     _case("append bf16 8 d128 p1", _append, 8, 128, 1, hot=True),
