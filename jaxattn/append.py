@@ -22,6 +22,12 @@ from jaxattn.kv_cache import PagedKVCache, PageTable
 
 def check_table(page_table: PageTable, cache: PagedKVCache) -> PageTable:
     """The table, made for this cache, on the device and with at least one entry; raises otherwise."""
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(
+            f"paged_kv_cache must be a PagedKVCache; got {type(cache).__name__}: "
+            "make one of the arrays (k, v) by PagedKVCache((k, v), layout)"
+        )
+    cache.check()
     page_table.check()
     return page_table.with_page_size(cache.page_size).padded()
 
@@ -61,7 +67,6 @@ def append_paged_kv_cache(
       TypeError: indices are not int32, an unsupported dtype, key and value of different dtypes.
     """
     cache = paged_kv_cache
-    cache.check()
     page_table = check_table(page_table, cache)
     check_index("batch_indices", batch_indices, "t")
     t = batch_indices.shape[0]
@@ -135,7 +140,6 @@ def rope_append_paged_kv_cache(
       TypeError: indices are not int32, an unsupported dtype.
     """
     cache = paged_kv_cache
-    cache.check()
     page_table = check_table(page_table, cache)
     check_index("batch_indices", batch_indices, "t")
     t = batch_indices.shape[0]
