@@ -274,6 +274,31 @@ def test_programs(backend):
             np.testing.assert_allclose(on_host(a[i]), on_host(c), atol=1e-4)
 
 
+@pytest.mark.parametrize("t", [1, 5])
+def test_layers_that_each_begin_the_step_share_it(t):
+    """XLA sees that their plans are one: the program is no longer than where it begins once."""
+    arrays = [
+        normal((2, t, h, HEAD_DIM), seed=i) for i, h in enumerate((HEADS, KV_HEADS, KV_HEADS))
+    ]
+    caches = [ja.PagedKVCache.zeros(12, PAGE_SIZE, KV_HEADS, HEAD_DIM, f32)] * 3
+    block_table = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+
+    def instructions(each):
+        def model(q, k, v, kv_len, valid, caches):
+            for i, cache in enumerate(caches):
+                if each or i == 0:
+                    step = ja.begin_step(valid, kv_len, block_table, **SIZES)
+                o, _ = ja.attend(q, k, v, cache, step, backend="xla")
+                q = q + o
+            return q
+
+        valid = jnp.ones((2, t), bool)
+        compiled = jax.jit(model).lower(*arrays, i32(3, 9), valid, caches).compile()
+        return compiled.as_text().count(" = ")
+
+    assert instructions(each=True) == instructions(each=False)
+
+
 @pytest.mark.parametrize("by_batch", [False, True])
 @pytest.mark.parametrize("t", [1, 8])
 def test_a_donated_cache_is_written_in_place(t, by_batch):
