@@ -1,7 +1,7 @@
 """`dot_product_attention` over dense caches [B, S, K, H], with the signature and the meaning of `jax.nn`'s.
 
-A dense cache is a pool of B pages of S tokens, and of B * S pages of one: nothing is copied. Without a mask, a request
-is one page. With one, its pages are the tokens that some query sees, in order, so that the others are not read:
+Keys are read where they lie. Without a mask those of a request are one page of S tokens (decode), or contiguous rows
+(prefill). With one, its pages are the single tokens that some query sees, in order, so that the others are not read:
 
     T = 1                what is seen is all there is to say: plain decode
     a mask of keys       a query sees a run of these tokens: those of its causal mask and its window, counted among them
@@ -11,15 +11,20 @@ Axes: B requests, T queries, S keys, N query heads, K KV heads, H head dim.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from jaxattn.attention import paged_decode, paged_prefill
-from jaxattn.checks import check_array, check_index, check_same_dtype, check_shape
+from jaxattn.attention import paged_decode, paged_prefill, ragged_prefill
+from jaxattn.checks import (
+    check_array,
+    check_index,
+    check_same_dtype,
+    check_shape,
+    copied_from_host,
+)
 from jaxattn.device import num_sms
 from jaxattn.kv_cache import PagedKVCache
 from jaxattn.operands import MaskBits
@@ -52,8 +57,8 @@ def dot_product_attention(
     Query i stands at position i of the keys, as in `jax.nn`: the causal mask and the window are aligned at the top
     left. A decode step over a cache says by `key_value_seq_lengths` or by `mask` which keys there are; with
     `is_causal` its one query would see the first key alone. A key that no query sees (padding, a free slot of the
-    cache) may hold anything, NaN included. A query that sees no key gives 0; `jax.nn` gives the
-    mean of all values there.
+    cache) may hold anything, NaN included. A query that sees no key gives 0, where `jax.nn` gives the mean of all
+    values.
 
     Args:
       query: [B, T, N, H]; float16, bfloat16 or float32. Or [T, N, H], with key and value [S, K, H].
@@ -96,76 +101,110 @@ def dot_product_attention(
     if not (b and s):
         raise ValueError(f"key must hold at least one request and one key; got {list(k.shape)}")
 
-    spec = AttentionSpec(n, heads, visible)
-    plan = _plan((b, t, s), spec, query_seq_lengths, key_value_seq_lengths, mask)
-    pages = (b * s // plan.page_size, plan.page_size, heads)
-    pool = PagedKVCache((k.reshape(*pages, h), v.reshape(*pages, v.shape[-1])))
-    attend: Callable[..., Any] = paged_decode if plan.is_decode else paged_prefill
-    o, lse = attend(
-        q.reshape(b * t, n, h),
-        pool,
-        plan,
+    length = jnp.full(b, t, jnp.int32)
+    if query_seq_lengths is not None:
+        length = jnp.clip(copied_from_host(query_seq_lengths), 0, t)
+    end = jnp.full(b, s, jnp.int32)
+    if key_value_seq_lengths is not None:
+        end = jnp.clip(copied_from_host(key_value_seq_lengths), 0, s)
+    # No query sees a key behind what the last one does.
+    end = jnp.where(length > 0, visible.end(length - 1, end), 0)
+    batch = _Batch(b, t, s, AttentionSpec(n, heads, visible), length, end)
+    if mask is None:
+        plan = batch.plan(padded=query_seq_lengths is not None)
+    elif t > 1 and mask.shape[1] == 1:
+        plan = batch.plan_key_mask(mask[:, 0])
+    else:
+        plan = batch.plan_mask(mask)
+
+    how: dict[str, Any] = dict(
         sm_scale=scale,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         return_lse=True,
         backend=backend,
     )
+    q = q.reshape(b * t, n, h)
+    if plan.page_indices is None:
+        k, v = (x.reshape(b * s, *x.shape[2:]) for x in (k, v))
+        o, lse = ragged_prefill(q, k, v, plan, **how)
+    else:
+        pages = (b * s // plan.page_size, plan.page_size)
+        pool = PagedKVCache((k.reshape(*pages, heads, h), v.reshape(*pages, heads, v.shape[-1])))
+        attend: Callable[..., Any] = paged_decode if plan.is_decode else paged_prefill
+        o, lse = attend(q, pool, plan, **how)
     o = o.reshape(*query.shape[:-1], v.shape[-1])
     return (o, lse.reshape(query.shape[:-1]).astype(k.dtype)) if return_residual else o
 
 
-def _plan(
-    sizes: tuple[int, int, int],
-    spec: AttentionSpec,
-    query_len: Array | None,
-    key_len: Array | None,
-    mask: Array | None,
-) -> AttentionPlan:
-    """The plan for B requests of T queries on S keys; a mask is bool [B or 1, T or 1, S]."""
-    b, t, s = sizes
-    visible, everything = spec.visible, AttentionSpec(spec.num_qo_heads, spec.num_kv_heads)
-    row = jnp.arange(b, dtype=jnp.int32)
-    end = jnp.full(b, s, jnp.int32) if key_len is None else jnp.clip(jnp.asarray(key_len), 0, s)
-    length = jnp.full(b, t, jnp.int32)
-    if query_len is not None:
-        length = jnp.clip(jnp.asarray(query_len), 0, t)
-    # No query sees a key behind what the last one does.
-    end = jnp.where(length > 0, visible.end(length - 1, end), 0)
-    if mask is None and t == 1:
-        return decode_plan(Keys(row, row, end, end, s, b), everything, Splits(), num_sms())
-    prefill = functools.partial(
-        prefill_plan, num_qo_tokens=b * t, splits=Splits(), num_sms=num_sms()
-    )
-    rows = row_indptr(b, t)
-    if mask is None:
-        if query_len is None:
-            return prefill(rows, Keys(row, row, length, end, s, b), spec=spec)
-        keys = Keys(row, jnp.repeat(row, 2), of_runs(length), of_runs(end), s, b)
-        return prefill(run_indptr(jnp.zeros_like(length), length, t), keys, spec=spec)
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """B requests of T queries on S keys, and what a query sees but for a mask."""
 
-    # Without the mask, query i would see the keys first .. last - 1, [B, T].
-    i = jnp.arange(t, dtype=jnp.int32)[None, :]
-    last = jnp.where(i < length[:, None], visible.end(i, end[:, None]), 0)
-    first = jnp.minimum(visible.begin(i), last)
-    if mask.shape[1] == 1 and t > 1:
-        j = jnp.arange(s, dtype=jnp.int32)[None, :]
-        keys, before = _seen_keys(mask[:, 0] & (j < end[:, None]))
-        limits = [jnp.take_along_axis(before, x, axis=1) for x in (first, last)]
-        return prefill(rows, keys, spec=everything, limits=jnp.stack(limits, 2).reshape(b * t, 2))
-    j = jnp.arange(s, dtype=jnp.int32)[None, None, :]
-    mask = mask & (first[..., None] <= j) & (j < last[..., None])
-    keys, _ = _seen_keys(mask.any(axis=1))
-    if t == 1:
-        return decode_plan(keys, everything, Splits(), num_sms())
-    assert keys.page_indices is not None
-    token = keys.page_indices.reshape(b, 1, s) - row[:, None, None] * s
-    bits = jnp.take_along_axis(mask, token, axis=2).reshape(b, t * s)
-    bits = jnp.packbits(bits, axis=1, bitorder="little")
-    packed = MaskBits(bits.reshape(-1), row_indptr(b, bits.shape[1]))
-    # A query has a bit for each of S keys, of which there may be fewer.
-    keys = dataclasses.replace(keys, kv_len=jnp.full_like(end, s))
-    return prefill(rows, keys, spec=everything, mask=packed)
+    b: int
+    t: int
+    s: int
+    spec: AttentionSpec
+    length: Array  # int32 [B], queries
+    end: Array  # int32 [B], keys that any of them may see
+
+    def plan(self, padded: bool) -> AttentionPlan:
+        """Without a mask; padded: there may be fewer than T queries."""
+        row, s = jnp.arange(self.b, dtype=jnp.int32), self.s
+        if self.t == 1:
+            return self._decode(Keys(row, row, self.end, self.end, s, self.b))
+        # The last query stands at length - 1, wherever the keys end.
+        if not padded:
+            return self._prefill(Keys(None, row * s, self.length, self.end, 1), self.spec)
+        keys = Keys(None, jnp.repeat(row * s, 2), of_runs(self.length), of_runs(self.end), 1)
+        indptr = run_indptr(jnp.zeros_like(self.length), self.length, self.t)
+        return self._prefill(keys, self.spec, indptr)
+
+    def plan_key_mask(self, mask: Array) -> AttentionPlan:
+        """Under a mask of keys, bool [B or 1, S]: a query sees a run of those that are left."""
+        j = jnp.arange(self.s, dtype=jnp.int32)[None, :]
+        keys, before = _seen_keys(mask & (j < self.end[:, None]))
+        limits = [jnp.take_along_axis(before, x, axis=1) for x in self._limits()]
+        flat = jnp.stack(limits, axis=2).reshape(self.b * self.t, 2)
+        return self._prefill(keys, self._unmasked, limits=flat)
+
+    def plan_mask(self, mask: Array) -> AttentionPlan:
+        """Under a mask of queries and keys, bool [B or 1, T or 1, S]."""
+        j = jnp.arange(self.s, dtype=jnp.int32)[None, None, :]
+        first, last = (x[:, :, None] for x in self._limits())
+        mask = mask & (first <= j) & (j < last)
+        keys, _ = _seen_keys(mask.any(axis=1))
+        if self.t == 1:
+            return self._decode(keys)
+        assert keys.page_indices is not None
+        token = keys.page_indices.reshape(self.b, 1, self.s) % self.s
+        bits = jnp.take_along_axis(mask, token, axis=2).reshape(self.b, self.t * self.s)
+        bits = jnp.packbits(bits, axis=1, bitorder="little")
+        packed = MaskBits(bits.reshape(-1), row_indptr(self.b, bits.shape[1]))
+        # A query has a bit for each of S keys, of which there may be fewer.
+        keys = dataclasses.replace(keys, kv_len=jnp.full_like(self.end, self.s))
+        return self._prefill(keys, self._unmasked, mask=packed)
+
+    def _limits(self) -> tuple[Array, Array]:
+        """(first, last) int32 [B, T]: without a mask, a query would see the keys first .. last - 1."""
+        i = jnp.arange(self.t, dtype=jnp.int32)[None, :]
+        last = self.spec.visible.end(i, self.end[:, None])
+        last = jnp.where(i < self.length[:, None], last, 0)
+        return jnp.minimum(self.spec.visible.begin(i), last), last
+
+    @property
+    def _unmasked(self) -> AttentionSpec:
+        """The heads alone: what a query sees is said otherwise."""
+        return AttentionSpec(self.spec.num_qo_heads, self.spec.num_kv_heads)
+
+    def _decode(self, keys: Keys) -> AttentionPlan:
+        return decode_plan(keys, self._unmasked, Splits(), num_sms())
+
+    def _prefill(
+        self, keys: Keys, spec: AttentionSpec, qo_indptr: Array | None = None, **how: Any
+    ) -> AttentionPlan:
+        indptr = row_indptr(self.b, self.t) if qo_indptr is None else qo_indptr
+        return prefill_plan(indptr, keys, self.b * self.t, spec, Splits(), num_sms(), **how)
 
 
 def _seen_keys(seen: Array) -> tuple[Keys, Array]:
@@ -174,11 +213,11 @@ def _seen_keys(seen: Array) -> tuple[Keys, Array]:
     before = jnp.pad(jnp.cumsum(seen, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     row = jnp.arange(b, dtype=jnp.int32)
     first = row * s
-    page = first[:, None] + jnp.arange(s, dtype=jnp.int32)[None, :]
+    slot = jnp.arange(s, dtype=jnp.int32)[None, :]
     # Entries behind a request's keys are of no meaning, but pages of the cache.
     pages = jnp.broadcast_to(first[:, None], (b, s))
-    at = row[:, None], jnp.where(seen, before[:, :-1], s)
-    pages = pages.at[at].set(page, mode="drop", unique_indices=True)
+    at = row[:, None], jnp.where(seen, before[:, :-1], s + slot)
+    pages = pages.at[at].set(first[:, None] + slot, mode="drop", unique_indices=True)
     count = before[:, -1]
     return Keys(pages.reshape(-1), first, count, count, 1, b * s), before
 
@@ -229,7 +268,7 @@ def _checked_mask(mask: Array | None, sizes: tuple[int, int, int, int]) -> Array
             f"mask must be bool, what takes part; got {mask.dtype}: use mask.astype(bool), or, of an additive mask, "
             "mask >= 0"
         )
-    mask = jnp.asarray(mask)
+    mask = copied_from_host(mask)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     b, n, t, s = sizes
     must = f"[B or 1, 1, T or 1, S or 1] with B={b}, T={t}, S={s}; got {list(mask.shape)}"

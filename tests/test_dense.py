@@ -312,7 +312,7 @@ def test_nothing_is_copied():
     """No array as large as the cache but the cache itself."""
     q, k, v = make(2, 1, 4096, 4, 2, 64)
     compiled = (
-        jax.jit(functools.partial(ja.dot_product_attention, backend="xla"))
+        jax.jit(ja.dot_product_attention)
         .lower(q, k, v, key_value_seq_lengths=i32(5, 4096))
         .compile()
     )

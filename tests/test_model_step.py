@@ -162,6 +162,27 @@ def test_fields(backend):
     assert not same(turned[1], fused[1])
 
 
+@pytest.mark.parametrize(
+    "how", [dict(), dict(fixed_split_size=2), dict(disable_split_kv=True)], ids=str
+)
+def test_plans_are_those_of_their_arguments(how):
+    """Of a decode step, also after `with_window`, which keeps how keys are split."""
+    step = ja.begin_step(
+        jnp.ones((2, 1), bool),
+        i32(40, 7),
+        jnp.arange(24, dtype=jnp.int32).reshape(2, 12),
+        window_left=9,
+        **SIZES,
+        **how,
+    )
+    heads = dict(num_qo_heads=HEADS, num_kv_heads=KV_HEADS)
+    for window in (9, None, 30):
+        own = step if window == 9 else step.with_window(window)
+        want = ja.plan_decode(step.page_table, window_left=window, **heads, **how)
+        assert jax.tree.structure(own.plan) == jax.tree.structure(want)
+        assert same(own.plan, want)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_norms_caps_and_sinks_reach_the_ops(backend):
     q, k, v = (x[None] for x in tokens(7))
