@@ -308,6 +308,64 @@ def test_gradients(t, how, backend):
         np.testing.assert_allclose(on_host(got), on_host(want), rtol=1e-4, atol=1e-4)
 
 
+MODES = [
+    (4, False, {}),
+    (2, True, {}),
+    (1, False, {}),
+    (4, False, dict(is_causal=True)),
+    (4, True, dict(is_causal=True, local_window_size=(3, 2))),
+    (4, False, dict(query_seq_lengths=i32(64, 32), key_value_seq_lengths=i32(32, 64))),
+    (
+        4,
+        False,
+        dict(
+            is_causal=True,
+            query_seq_lengths=i32(64, 32),
+            key_value_seq_lengths=i32(32, 64),
+        ),
+    ),
+    (4, True, dict(mask=jnp.tril(jnp.ones((128, 128), bool))[None, None])),
+    (4, False, dict(mask=jnp.ones((1, 1, 128), bool))),
+    (
+        4,
+        False,
+        dict(
+            mask=jnp.tril(jnp.ones((128, 128), bool))[None, None],
+            query_seq_lengths=i32(64, 32),
+            key_value_seq_lengths=i32(32, 64),
+        ),
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kv_heads,use_vmap,how", MODES, ids=["-".join([str(k), *how]) for k, _, how in MODES]
+)
+def test_results_and_derivatives_where_jax_tests_its_own(kv_heads, use_vmap, how):
+    """The shapes and masks of JAX's tests of dot_product_attention: padding, causal, custom, windows, vmap, GQA."""
+    q, k, v = make(2, 128, 128, 4, kv_heads, dtype=bf16)
+    grad = normal((2, 128, 4, 32), bf16, seed=7)
+
+    def run(op, *arrays):
+        op = functools.partial(op, **how)
+        out, vjp = jax.vjp(jax.vmap(op) if use_vmap else op, *arrays)
+        return out, *vjp(grad.astype(out.dtype))
+
+    got = jax.jit(functools.partial(run, ja.dot_product_attention))(q, k, v)
+    want = jax.jit(functools.partial(run, theirs))(*(x.astype(f32) for x in (q, k, v)))
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == bf16
+        np.testing.assert_allclose(on_host(x), on_host(y), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_queries(backend):
+    q, k, v = make(2, 0, 20, 4, 2)
+    for how in ({}, dict(mask=holes(2, 1, 1, 20)), dict(query_seq_lengths=i32(0, 0))):
+        assert ours(q, k, v, **how, backend=backend).shape == q.shape
+
+
 def test_nothing_is_copied():
     """No array as large as the cache but the cache itself."""
     q, k, v = make(2, 1, 4096, 4, 2, 64)
