@@ -11,7 +11,9 @@ from rowwise import normal, on_host, two_devices
 
 import jaxattn as ja
 
-BACKENDS = ["xla", "interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+ON_GPU = pytest.param("triton", marks=pytest.mark.gpu)
+BACKENDS = ["xla", "interpret", ON_GPU]
+SLOW_INTERPRETED = ["xla", pytest.param("interpret", marks=pytest.mark.slow), ON_GPU]
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 TOLERANCE = {f32: 2e-5, f16: 2e-3, bf16: 1e-2}
 
@@ -44,6 +46,9 @@ def ours(q, k, v, **how):
     return ja.dot_product_attention(q, k, v, **how)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("scale", "is_causal", "local_window_size", "return_residual")
+)
 def theirs(q, k, v, **how):
     """In float32."""
     with jax.default_matmul_precision("highest"):
@@ -119,7 +124,7 @@ def named(cases):
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 @pytest.mark.parametrize("arrays,how", named(DECODE + PREFILL))
 def test_it_is_jax_nns(arrays, how, backend):
     seen = None
@@ -184,7 +189,7 @@ def test_what_no_query_sees_may_be_nan(t, how, backend):
     np.testing.assert_array_equal(on_host(got), on_host(want))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 @pytest.mark.parametrize("t", [1, 9])
 def test_queries_without_keys_give_zero(t, backend):
     q, k, v = make(3, t, 20, 4, 2)
@@ -200,7 +205,7 @@ def test_queries_without_keys_give_zero(t, backend):
         assert not o[1].any() and not o[2, 4].any() and o[2, 3].all() and o[0].all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 @pytest.mark.parametrize("t", [1, 7])
 def test_residual_axes_and_value_dims(t, backend):
     q, k, v = make(1, t, 30, 4, 2)
@@ -244,7 +249,7 @@ def test_a_ring_cache(backend):
     np.testing.assert_allclose(on_host(o), on_host(want), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_programs(backend):
     """A decode loop over a dense cache: while_loop, a scan over layers in it, and a vmap of it all; traced once."""
     layers, b, s = 2, 2, 24
@@ -289,6 +294,7 @@ def test_programs(backend):
         np.testing.assert_allclose(on_host(got), on_host(want), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", None])
 @pytest.mark.parametrize(
     "t,how", [(1, dict(key_value_seq_lengths=i32(5, 20))), (8, dict(is_causal=True))]

@@ -11,7 +11,9 @@ from rowwise import normal, on_host, same
 
 import jaxattn as ja
 
-BACKENDS = ["xla", "interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+ON_GPU = pytest.param("triton", marks=pytest.mark.gpu)
+BACKENDS = ["xla", "interpret", ON_GPU]
+SLOW_INTERPRETED = ["xla", pytest.param("interpret", marks=pytest.mark.slow), ON_GPU]
 f32 = jnp.float32
 # A prompt, a chunk of one, a draft, a decode row, a request without tokens, one with keys and no queries.
 QO_LENS, KV_LENS = (20, 16, 4, 1, 0, 0), (20, 53, 30, 70, 0, 9)
@@ -66,7 +68,7 @@ def test_a_mixed_batch(window_left, backend):
     assert not o[indptr[-1] :].any() and (lse[indptr[-1] :] == -np.inf).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_what_lies_beyond_num_seqs_is_ignored(backend):
     """As engines leave it: arrays of fixed size, whose ends hold whatever the last step left there."""
     paged, q, lens = arguments()
@@ -82,7 +84,7 @@ def test_what_lies_beyond_num_seqs_is_ignored(backend):
         assert same(run(q, paged.cache, **stale, backend=backend), want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_every_form_of_a_cache(backend):
     paged, q, lens = arguments()
     k, v = (jnp.pad(x, ((0, -x.shape[0] % 6), *[(0, 0)] * 3)) for x in paged.cache.data)
@@ -91,7 +93,7 @@ def test_every_form_of_a_cache(backend):
         assert same(run(q, cache, **lens, backend=backend), want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_one_plan_for_a_scan_over_layers(backend):
     paged, q, lens = arguments()
     caches = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), paged.cache)
