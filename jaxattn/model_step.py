@@ -18,7 +18,13 @@ from jax.typing import DTypeLike
 
 from jaxattn.append import append_paged_kv_cache, rope_append_paged_kv_cache
 from jaxattn.attention import paged_decode, paged_prefill
-from jaxattn.checks import check_array, check_index, check_int32, check_shape, copied_from_host
+from jaxattn.checks import (
+    check_host_lengths,
+    check_index,
+    check_int32,
+    check_shape,
+    copied_from_host,
+)
 from jaxattn.kv_cache import PageTable, as_pool
 from jaxattn.padded import of_runs, run_indptr
 from jaxattn.plan import AttentionPlan, plan_decode, plan_prefill
@@ -90,10 +96,10 @@ def begin_step(
       The step, for `attend`. Its `positions` are for a model's own rotary embedding, its `kv_len` for the next step.
 
     Raises:
-      ValueError: shapes, head counts or a window that do not fit; rows of `valid` on the host (NumPy) with holes.
+      ValueError: shapes, head counts or a window that do not fit; rows of `valid` with holes, or lengths beyond a row's
+        pages, where they are on the host (NumPy).
       TypeError: arrays of other dtypes.
     """
-    check_array("valid", valid)
     check_shape("valid", valid, ("b", "t"))
     b, t = valid.shape
     if valid.dtype != jnp.bool_:
@@ -108,6 +114,9 @@ def begin_step(
     check_index("kv_len", kv_len, b)
     check_shape("block_table", block_table, (b, "w"))
     check_int32("block_table", block_table)
+    if isinstance(kv_len, np.ndarray):
+        width = block_table.shape[1]
+        check_host_lengths("kv_len", kv_len, width * page_size, f"{width} pages of {page_size}")
     valid, kv_len, block_table = (copied_from_host(x) for x in (valid, kv_len, block_table))
 
     count = valid.sum(axis=1, dtype=jnp.int32)

@@ -294,6 +294,27 @@ def test_programs(backend):
         np.testing.assert_allclose(on_host(got), on_host(want), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
+@pytest.mark.parametrize(
+    "name,values",
+    [
+        ("key_value_seq_lengths", [i32(20, 3), i32(7, 30)]),
+        ("mask", [holes(2, 1, 1, 30), holes(2, 1, 1, 30, seed=1)]),
+        ("mask", [holes(2, 1, 9, 30), holes(2, 1, 9, 30, seed=1)]),
+    ],
+    ids=["lengths", "key mask", "mask"],
+)
+def test_vmap_of_prefill(name, values, backend):
+    q, k, v = make(2, 9, 30, 4, 2)
+
+    def op(scale, x):
+        return ours(q, scale * k, v, **{name: x}, local_window_size=(20, 20), backend=backend)
+
+    got = jax.vmap(op)(jnp.asarray([1.0, 0.5]), jnp.stack(values))
+    for i, (scale, x) in enumerate(zip((1.0, 0.5), values, strict=True)):
+        np.testing.assert_allclose(on_host(got[i]), on_host(op(scale, x)), rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", None])
 @pytest.mark.parametrize(

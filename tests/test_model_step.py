@@ -307,6 +307,28 @@ def test_programs(backend):
             np.testing.assert_allclose(on_host(a[i]), on_host(c), atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
+def test_vmap_of_prefill(backend):
+    """Over models, whose prompts are padded differently."""
+    arrays = [
+        normal((2, 2, 5, h, HEAD_DIM), seed=i) for i, h in enumerate((HEADS, KV_HEADS, KV_HEADS))
+    ]
+    valid = jnp.asarray([[[0, 1, 1, 1, 1], [1] * 5], [[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]], bool)
+    pages = ja.PagedKVCache.zeros(12, PAGE_SIZE, KV_HEADS, HEAD_DIM, f32)
+    block_table = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+
+    def op(valid, kv_len, q, k, v):
+        step = ja.begin_step(valid, kv_len, block_table, **SIZES).with_window(4)
+        return *ja.attend(q, k, v, pages, step, rope=TABLE, backend=backend), step.kv_len
+
+    args = (valid, i32(0, 7, 3, 0).reshape(2, 2), *arrays)
+    got, op = jax.jit(jax.vmap(op))(*args), jax.jit(op)
+    for i in range(2):
+        want = op(*(x[i] for x in args))
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(on_host(x[i]), on_host(y), atol=1e-5)
+
+
 @pytest.mark.parametrize("t", [1, 5])
 def test_layers_that_each_begin_the_step_share_it(t):
     """XLA sees that their plans are one: the program is no longer than where it begins once."""
@@ -404,6 +426,7 @@ def make_step(valid=None, kv_len=None, block_table=None, **sizes):
         ),
         (TypeError, "kv_len must be int32", dict(kv_len=jnp.ones(2))),
         (ValueError, "kv_len must have shape", dict(kv_len=i32(1))),
+        (ValueError, r"kv_len must be in \[0, 8\]", dict(kv_len=np.array([1, 9], np.int32))),
         (ValueError, "block_table must have shape", dict(block_table=i32(1, 2))),
         (TypeError, "block_table must be int32", dict(block_table=jnp.ones((2, 2)))),
         (ValueError, "page_size", dict(page_size=0)),

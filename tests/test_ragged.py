@@ -114,6 +114,19 @@ def test_one_plan_for_a_scan_over_layers(backend):
         np.testing.assert_allclose(on_host(got[i]), on_host(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", SLOW_INTERPRETED)
+def test_vmap(backend):
+    """Over caches and over lengths."""
+    paged, q, lens = arguments()
+    caches = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), paged.cache)
+    shorter = dict(lens, kv_lens=lens["kv_lens"] - i32([0, 0, 3, 5, 0, 0]))
+    both = jax.tree.map(lambda *x: jnp.stack(x), lens, shorter)
+    got = jax.vmap(lambda cache, lens: run(q, cache, **lens, backend=backend))(caches, both)
+    for i, own in enumerate((lens, shorter)):
+        want = run(q, jax.tree.map(lambda c, i=i: c[i], caches), **own, backend=backend)
+        np.testing.assert_allclose(on_host(got[i]), on_host(want), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "error,message,change",
     [
