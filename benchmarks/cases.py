@@ -39,7 +39,9 @@ class Attention(Case):
 
     kv_lens: tuple[int, ...]
     qo_lens: tuple[int, ...]
-    page_size: int | None  # None: contiguous keys
+    page_size: (
+        int | None
+    )  # None: contiguous keys; of decode, a dense cache [b, s, kh, d], its plan in the call
     num_qo_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
@@ -158,14 +160,14 @@ class Loop(Case):
     qk_norm: bool = False
 
 
-def _decode(name: str, batch: int, kv_len: int, page_size: int, **shape) -> Attention:
+def _decode(name: str, batch: int, kv_len: int, page_size: int | None, **shape) -> Attention:
     lens = (kv_len,) * batch
     return Attention(
         op="decode", name=name, kv_lens=lens, qo_lens=(1,) * batch, page_size=page_size, **shape
     )
 
 
-def _step(name: str, batch: int, kv_len: int, page_size: int = 16, **shape) -> Attention:
+def _step(name: str, batch: int, kv_len: int, page_size: int | None = 16, **shape) -> Attention:
     case = _decode(name, batch, kv_len, page_size, **shape)
     return dataclasses.replace(case, op="decode_step", num_layers=NUM_LAYERS)
 
@@ -239,6 +241,7 @@ def _full() -> list[Case]:
         cases.append(_decode("w1024_b32_32k", 32, 32768, page_size, **window))
         cases.append(_decode("b32_1k", 32, 1024, page_size))  # what a window of 1024 comes down to
     cases.append(_decode("cap50_b32_4k", 32, 4096, 16, soft_cap=50.0))
+    cases.append(_decode("b32_4k", 32, 4096, None))
 
     for name in ("b1_8k", "b128_2k"):
         batch, kv_len = lengths[name]
@@ -326,6 +329,7 @@ def _full() -> list[Case]:
         _step("b8_4k", 8, 4096),
         _step("b32_4k", 32, 4096),
         _step("b32_4k", 32, 4096, 1),
+        _step("b32_4k", 32, 4096, None),
         _step("b128_2k", 128, 2048),
         _step("b1_2k", 1, 2048),
         _step("b8_2k", 8, 2048),
@@ -373,6 +377,7 @@ def _smoke() -> list[Case]:
         dataclasses.replace(prefill, kv_lens=(40, 17), qo_lens=(5, 17)),
         _prefill("b2_32", 2, 32, 32, None, **heads),
         _prefill("b2_5_40_full", 2, 5, 40, 16, **heads, causal=False),
+        _decode("b2_40", 2, 40, None, **heads),
         _decode("w8_b2_40", 2, 40, 16, **heads, window_left=8, soft_cap=5.0, sinks=True),
         _prefill("w8_b2_9_40", 2, 9, 40, 16, **heads, window_left=8, sinks=True),
         _prefill("tree_b2_5_40", 2, 5, 40, 16, **heads, causal=False, tree=True),
@@ -383,6 +388,7 @@ def _smoke() -> list[Case]:
         Rope(op="rope", name="5", tokens=5, num_qo_heads=4, num_kv_heads=2),
         _rope_append("b2_3", 2, 3, **heads, qk_norm=True),
         dataclasses.replace(_step("b2_40", 2, 40, **heads), num_layers=2),
+        dataclasses.replace(_step("b2_40", 2, 40, None, **heads), num_layers=2),
         Loop(
             op="decode_loop",
             name="b2_40",

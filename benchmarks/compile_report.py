@@ -368,6 +368,28 @@ def _ragged_prefill(heads: int, kv_heads: int, d: int, dtype: Any = jnp.bfloat16
     return step, (_struct(16384, heads, d, dtype=dtype), kv, kv, _struct(5))
 
 
+def _dense(
+    heads: int,
+    kv_heads: int,
+    d: int,
+    tokens: int,
+    mask: tuple[int, int] | None = None,
+    dtype: Any = jnp.bfloat16,
+):
+    """`dot_product_attention` of 32 requests; mask: which keys take part, its B and T, none: their lengths."""
+    how: dict[str, Any] = dict(is_causal=tokens > 1)
+    batch, length = 32, 4096
+    operands = dict(key_value_seq_lengths=_struct(batch))
+    if mask is not None:
+        operands = dict(mask=_struct(mask[0], 1, mask[1], length, dtype=jnp.bool_))
+
+    def step(q, k, v, operands):
+        return ja.dot_product_attention(q, k, v, **operands, **how)
+
+    kv = _struct(batch, length, kv_heads, d, dtype=dtype)
+    return step, (_struct(batch, tokens, heads, d, dtype=dtype), kv, kv, operands)
+
+
 def _merge_state(d: int, dtype: Any = jnp.bfloat16):
     v, s = _struct(4096, 32, d, dtype=dtype), _struct(4096, 32, dtype=jnp.float32)
     return ja.merge_state, (v, s, v, s)
@@ -404,7 +426,14 @@ def _rope_pos_ids(heads: int, kv_heads: int, d: int, dtype: Any = jnp.bfloat16):
     return ja.apply_llama31_rope_pos_ids, (query, key, _struct(4096))
 
 
-def _rope_append(heads: int, kv_heads: int, d: int, norm: bool = False, dtype: Any = jnp.bfloat16):
+def _rope_append(
+    heads: int,
+    kv_heads: int,
+    d: int,
+    norm: bool = False,
+    apart: bool = False,
+    dtype: Any = jnp.bfloat16,
+):
     cache, table = _paged_kv(64, 8192, 16, kv_heads, d, dtype)
     weights = {f"{x}_norm_weight": _struct(d, dtype=dtype) for x in ("q", "k") if norm}
 
@@ -412,7 +441,9 @@ def _rope_append(heads: int, kv_heads: int, d: int, norm: bool = False, dtype: A
         where = (batch_indices, positions, cos_sin_cache, cache, table)
         return ja.rope_append_paged_kv_cache(qkv, *where, **weights)
 
-    qkv = _struct(4096, (heads + 2 * kv_heads) * d, dtype=dtype)
+    qkv: Any = _struct(4096, (heads + 2 * kv_heads) * d, dtype=dtype)
+    if apart:
+        qkv = tuple(_struct(4096, h * d, dtype=dtype) for h in (heads, kv_heads, kv_heads))
     cos_sin_cache = _struct(8192, d, dtype=jnp.float32)
     return step, (qkv, _struct(4096), _struct(4096), cos_sin_cache, cache, table, weights)
 
@@ -482,6 +513,12 @@ CASES = (
     _case("ragged bf16 32/8 d128", _ragged_prefill, 32, 8, 128, hot=True),
     _case("ragged fp16 32/8 d128", _ragged_prefill, 32, 8, 128, jnp.float16),
     _case("ragged bf16 32/32 d64", _ragged_prefill, 32, 32, 64),
+    # Dense caches: by lengths, by a mask of keys, by one of queries and keys.
+    _case("dense decode bf16 32/8 d128", _dense, 32, 8, 128, 1, hot=True),
+    _case("dense decode bf16 32/8 d128 key mask", _dense, 32, 8, 128, 1, (32, 1), hot=True),
+    _case("dense prefill bf16 32/8 d128", _dense, 32, 8, 128, 1024, hot=True),
+    _case("dense prefill bf16 32/8 d128 key mask", _dense, 32, 8, 128, 1024, (32, 1)),
+    _case("dense prefill bf16 32/8 d128 mask", _dense, 32, 8, 128, 256, (1, 256)),
     # gpt-oss; Gemma 3 27B, local layers; Gemma 2 9B, local and global ones.
     _case(
         "decode gpt-oss 64/8 d64 w128 sinks",
@@ -530,6 +567,7 @@ CASES = (
     _case("rope cache neox bf16 16/8 d256", _rope_cache, 16, 8, 256),
     _case("rope_append bf16 32/8 d128", _rope_append, 32, 8, 128, hot=True),
     _case("rope_append norm bf16 32/8 d128", _rope_append, 32, 8, 128, True, hot=True),
+    _case("rope_append apart bf16 32/8 d128", _rope_append, 32, 8, 128, False, True, hot=True),
     _case("rope_append norm bf16 64/8 d128", _rope_append, 64, 8, 128, True),
     _case("rope_append bf16 8/1 d128", _rope_append, 8, 1, 128),
     _case("append bf16 8 d128 p1", _append, 8, 128, 1, hot=True),

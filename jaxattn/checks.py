@@ -11,10 +11,19 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def check_array(name: str, x: Any, dtype: str = "") -> None:
-    """Raises TypeError unless `x` is an array, of JAX or NumPy; `dtype` completes the advice."""
+    """Raises TypeError unless `x` is an array, of JAX or NumPy; `dtype` completes the advice.
+
+    Raises ValueError where axes of an explicit mesh partition it: JAX has no rule by which to partition a kernel.
+    """
     if not (hasattr(x, "shape") and hasattr(x, "dtype")):
         how = f"jnp.asarray({name}{', ' + dtype if dtype else ''})"
         raise TypeError(f"{name} must be an array; got {type(x).__name__}: use {how}")
+    spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else ()
+    if any(axes is not None for axes in spec):
+        raise ValueError(
+            f"{name} must not be partitioned by axes of an explicit mesh; got {jax.typeof(x)}: call the op, and the "
+            "plan, in jax.shard_map over these axes, with the heads and the requests of one device"
+        )
 
 
 def check_shape(

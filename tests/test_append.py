@@ -189,6 +189,7 @@ def test_gradient_is_the_references(backend):
 @pytest.mark.parametrize(
     "error,message,change",
     [
+        (TypeError, r"must be a PagedKVCache; got tuple", dict(cache=lambda x: x.data)),
         (ValueError, "append_key must have shape", dict(key=lambda x: x[:, :1])),
         (ValueError, "append_value must have shape", dict(value=lambda x: x[..., :8])),
         (TypeError, "append_key must be one of", dict(key=lambda x: x.astype(jnp.int32))),

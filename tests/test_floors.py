@@ -11,7 +11,7 @@ import jaxattn
 PACKAGE = Path(jaxattn.__file__).parent
 
 FLOORS = [
-    ["checks", "device"],
+    ["checks", "device", "padded"],
     ["kv_cache", "spec"],
     ["operands", "work_list"],
     ["visits"],
@@ -26,6 +26,7 @@ FLOORS = [
     ["kernels.mosaic._loading", "kernels.mosaic._splits", "kernels.mosaic.serves"],
     ["kernels.*"],
     ["append", "attention", "merge", "norm", "rope"],
+    ["dense", "model_step", "ragged"],
     ["flashinfer.arguments", "flashinfer.index_arrays", "flashinfer.options"],
     ["flashinfer.logits", "flashinfer.masks"],
     ["flashinfer.cascade", "flashinfer.norm", "flashinfer.page", "flashinfer.quantization"],

@@ -248,3 +248,72 @@ def test_batch_indices_positions_of_nothing():
 def test_table_errors(error, message, make):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 12])
+def test_dense_caches_are_pages(page_size):
+    """There and back by reshapes, with the table that says where a token lies."""
+    k, v = (jnp.arange(3 * 12 * 2 * d, dtype=jnp.float32).reshape(3, 12, 2, d) for d in (8, 5))
+    cache = ja.PagedKVCache.from_dense(k, v, page_size)
+    cache.check()
+    assert cache.page_size == page_size
+    table = ja.PageTable.contiguous(i32(12, 0, 7), 12, page_size)
+    assert table.kv_len().tolist() == [12, 0, 7]
+    assert table.page_size == page_size
+    pages = np.asarray(table.to_block_table(12 // page_size))
+    for request, position in ((0, 0), (0, 11), (2, 6)):
+        at = pages[request, position // page_size], position % page_size
+        np.testing.assert_array_equal(np.asarray(cache.k[at]), np.asarray(k[request, position]))
+        np.testing.assert_array_equal(np.asarray(cache.v[at]), np.asarray(v[request, position]))
+    for x, y in zip(cache.to_dense(3), (k, v), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+    def there_and_back(k, v):
+        return ja.PagedKVCache.from_dense(k + 1, v + 1, page_size).to_dense(3)
+
+    compiled = jax.jit(there_and_back, donate_argnums=(0, 1)).lower(k, v).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes == 0
+
+
+def test_contiguous_rounds_up_to_pages():
+    table = ja.PageTable.contiguous(i32(5, 9), 9, 4)
+    assert table.to_block_table(3).tolist() == [[0, 1, -1], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    "error,message,make",
+    [
+        (ValueError, "must divide the 10 tokens.*or make the cache 12", lambda: dense_cache(10, 4)),
+        (ValueError, "page_size must be", lambda: dense_cache(10, 0)),
+        (
+            ValueError,
+            "k must have shape",
+            lambda: ja.PagedKVCache.from_dense(jnp.ones((2, 8)), jnp.ones((2, 8)), 4),
+        ),
+        (ValueError, "batch_size must divide", lambda: dense_cache(8, 4).to_dense(3)),
+        (
+            ValueError,
+            "layout 'NHD'",
+            lambda: ja.PagedKVCache.zeros(4, 4, 2, 8, layout="HND").to_dense(2),
+        ),
+        (
+            ValueError,
+            "arrays of their own",
+            lambda: ja.PagedKVCache.zeros(4, 4, 2, 8, combined=True).to_dense(2),
+        ),
+        (ValueError, "max_len", lambda: ja.PageTable.contiguous(i32(1), 0, 4)),
+        (TypeError, "kv_len must be int32", lambda: ja.PageTable.contiguous(jnp.ones(2), 8, 4)),
+        (
+            ValueError,
+            "kv_len must be in",
+            lambda: ja.PageTable.contiguous(np.array([9], np.int32), 8, 4),
+        ),
+    ],
+)
+def test_dense_caches_that_cannot_be(error, message, make):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def dense_cache(s, page_size):
+    return ja.PagedKVCache.from_dense(*[jnp.ones((2, s, 2, 8))] * 2, page_size)

@@ -33,6 +33,8 @@ def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
         if isinstance(case, RopeAppend) and _has_fused(case):
             calls["flashinfer-fused"] = lambda: _fused_rope_append(case, inputs)
         return calls
+    if case.page_size is None and case.op != "prefill":
+        return {}  # it decodes on pages
     if case.sinks:
         return {}  # its ordinary kernels leave sinks out; those that have them are compiled on the spot, with nvcc
     make = {"decode": _decode, "decode_step": _decode_step, "prefill": _prefill}[case.op]

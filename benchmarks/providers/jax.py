@@ -1,6 +1,7 @@
-"""JAX's own paged attention for decode, `jax.experimental.pallas.ops.gpu.paged_attention`.
+"""JAX's own attention for decode: `jax.experimental.pallas.ops.gpu.paged_attention`, and over dense caches
+`jax.nn.dot_product_attention`, which is XLA's.
 
-It wants head-major pages, a dense block table and scaled queries: all prepared outside the timed call.
+The paged one wants head-major pages, a dense block table and scaled queries: all prepared outside the timed call.
 """
 
 import math
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks.cases import Attention, Case
 from benchmarks.inputs import AttentionInputs
+from benchmarks.providers.jaxattn import dense_decode
 from benchmarks.timing import Call
 
 with warnings.catch_warnings():
@@ -27,7 +29,11 @@ def versions() -> dict[str, str]:
 
 
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
-    if not (isinstance(case, Attention) and case.op == "decode" and case.is_plain):
+    if not (isinstance(case, Attention) and case.op.startswith("decode") and case.is_plain):
+        return {}
+    if case.page_size is None:
+        return {"jax-nn": lambda: dense_decode(case, inputs, jax.nn.dot_product_attention)}
+    if case.op != "decode":
         return {}
     if jax.default_backend() != "gpu":
         return {}

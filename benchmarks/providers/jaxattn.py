@@ -163,6 +163,8 @@ def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call
     queries: dict[str, Any] = dict(num_qo_tokens=case.num_qo_tokens, causal=case.causal)
     how: dict[str, Any] = dict(backend=backend, logits_soft_cap=case.soft_cap)
     qo_indptr = jnp.asarray(x.qo_indptr)
+    if case.page_size is None and case.op != "prefill":
+        return dense_decode(case, x, functools.partial(ja.dot_product_attention, backend=backend))
     if case.page_size is None:
         k, v = (pages[:, 0] for pages in x.caches[0].arrays)
         plan_ragged = jax.jit(functools.partial(ja.plan_ragged_prefill, **heads, **queries))
@@ -198,6 +200,24 @@ def _attention(case: Attention, x: AttentionInputs, backend: str | None) -> Call
         return outputs
 
     return Call(lambda: step(x.q, x.caches, x.pages.table))
+
+
+def dense_decode(case: Attention, x: AttentionInputs, attend: Callable[..., jax.Array]) -> Call:
+    """`attend(q, k, v, key_value_seq_lengths=...)` on q [b, 1, h, d] and each layer's dense cache [b, s, kh, d]."""
+    (kv_len,) = set(case.kv_lens)
+    dense = (len(case.kv_lens), kv_len, case.num_kv_heads, case.head_dim)
+    lengths = jnp.asarray(case.kv_lens, jnp.int32)
+
+    @jax.jit
+    def step(q, caches, lengths):
+        outputs = []
+        for cache in caches:
+            k, v = (pages.reshape(dense) for pages in cache.arrays)
+            q = attend(q[:, None], k, v, key_value_seq_lengths=lengths)[:, 0]
+            outputs.append(q)
+        return outputs
+
+    return Call(lambda: step(x.q, x.caches, lengths))
 
 
 # Undecorated: what JAX traced of the fused ones, under their names, must not be taken for these.
