@@ -44,6 +44,7 @@ from jaxattn.flashinfer import (
 )
 from jaxattn.kv_cache import PagedKVCache as PagedKVCache
 from jaxattn.kv_cache import PageTable as PageTable
+from jaxattn.kv_scales import KVScales as KVScales
 from jaxattn.operands import MaskBits as MaskBits
 from jaxattn.plan import AttentionPlan as AttentionPlan
 from jaxattn.plan import plan_decode as plan_decode

@@ -21,6 +21,7 @@ from jaxattn.checks import (
 from jaxattn.dispatch import dispatch
 from jaxattn.kernels.triton.attention import contiguous_attention, paged_attention
 from jaxattn.kv_cache import LAYOUTS, PagedKVCache
+from jaxattn.kv_scales import FP8_DTYPES, KVScales
 from jaxattn.operands import ScoreMod, alibi
 from jaxattn.plan import AttentionPlan
 from jaxattn.spec import Score, check_soft_cap
@@ -48,9 +49,9 @@ def paged_decode(
     partial results are float32.
 
     Args:
-      q: [b, num_qo_heads, head_dim], the dtype of the cache: float16, bfloat16 or float32. Row i is request i.
-      paged_kv_cache: the cache of one layer. It already holds the new token's key and value. V may have a head_dim of
-        its own.
+      q: [b, num_qo_heads, head_dim]; float16, bfloat16 or float32. Row i is request i.
+      paged_kv_cache: the cache of one layer, of q's dtype or of a float8 dtype. It already holds the new token's key
+        and value. V may have a head_dim of its own.
       plan: from `plan_decode`; the same for every layer of a step.
       sm_scale: softmax scale, a positive float; default 1 / sqrt(head_dim).
       logits_soft_cap: a positive float: logits become `cap * tanh(x / cap)` (Gemma 2); None or 0: as they are. For
@@ -73,7 +74,7 @@ def paged_decode(
 
     Raises:
       ValueError: shapes or options that do not fit the plan and the cache; a backend that cannot run here.
-      TypeError: an unsupported dtype, or q and the cache of different dtypes.
+      TypeError: an unsupported dtype, or q and a cache that is not float8 of different dtypes.
     """
     if not isinstance(plan, AttentionPlan) or not plan.is_decode:
         raise TypeError(f"plan must come from plan_decode; got {_kind(plan)}")
@@ -119,9 +120,9 @@ def paged_prefill(
     partial results are float32.
 
     Args:
-      q: [num_qo_tokens, num_qo_heads, head_dim], the dtype of the cache: float16, bfloat16 or float32.
-      paged_kv_cache: the cache of one layer. It already holds the new tokens' keys and values. V may have a head_dim
-        of its own.
+      q: [num_qo_tokens, num_qo_heads, head_dim]; float16, bfloat16 or float32.
+      paged_kv_cache: the cache of one layer, of q's dtype or of a float8 dtype. It already holds the new tokens' keys
+        and values. V may have a head_dim of its own.
       plan: from `plan_prefill`; the same for every layer of a step.
       The rest: as for `paged_decode`.
 
@@ -161,6 +162,7 @@ def ragged_prefill(
     plan: AttentionPlan,
     *,
     kv_layout: str = "NHD",
+    kv_scales: KVScales | None = None,
     sm_scale: float | None = None,
     logits_soft_cap: float | None = None,
     sinks: Array | None = None,
@@ -176,9 +178,10 @@ def ragged_prefill(
     Args:
       q: [num_qo_tokens, num_qo_heads, head_dim]; float16, bfloat16 or float32.
       k, v: [num_kv_tokens, num_kv_heads, head_dim] for kv_layout "NHD", [num_kv_heads, num_kv_tokens, head_dim]
-        for "HND"; q's dtype. V may have a head_dim of its own.
+        for "HND"; q's dtype, float8_e4m3fn or float8_e5m2. V may have a head_dim of its own.
       plan: from `plan_ragged_prefill`.
       kv_layout: "NHD" or "HND".
+      kv_scales: what k and v are multiplied by, for all or for each KV head; None: nothing.
       The rest: as for `paged_decode`.
 
     Returns, raises: as `paged_prefill`.
@@ -192,7 +195,14 @@ def ragged_prefill(
     axes = (tokens, plan.num_kv_heads) if kv_layout == "NHD" else (plan.num_kv_heads, tokens)
     check_shape("k", k, (*axes, q.shape[-1]))
     check_shape("v", v, (*k.shape[:2], "head_dim of v"))
-    check_same_dtype(q=q, k=k, v=v)
+    if k.dtype.name in FP8_DTYPES:
+        check_same_dtype(k=k, v=v)
+    else:
+        check_same_dtype(q=q, k=k, v=v)
+    if kv_scales is not None:
+        if kv_scales.per_token:
+            raise ValueError("kv_scales of contiguous keys must be [] or [num_kv_heads]")
+        kv_scales.check((), plan.num_kv_heads)
     options = _Options(
         sm_scale,
         logits_soft_cap,
@@ -205,13 +215,14 @@ def ragged_prefill(
         backend,
     )
 
-    def xla(q, k, v, plan, sinks, score_mods, **how):
+    def xla(q, k, v, scales, plan, sinks, score_mods, **how):
         if kv_layout == "HND":
             k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
-        return reference.ragged_attention(q, k, v, plan, sinks=sinks, score_mods=score_mods, **how)
+        how |= dict(scales=scales, sinks=sinks, score_mods=score_mods)
+        return reference.ragged_attention(q, k, v, plan, **how)
 
     kernel = functools.partial(contiguous_attention, name="jaxattn_prefill", kv_layout=kv_layout)
-    return _run(options, kernel, xla, q, (k, v), plan)
+    return _run(options, kernel, xla, q, (k, v, kv_scales), plan)
 
 
 class _Options(NamedTuple):
@@ -298,7 +309,8 @@ def _check_cache(q: Array, cache: PagedKVCache, plan: AttentionPlan) -> None:
             "make one of the arrays (k, v) by PagedKVCache((k, v), layout)"
         )
     cache.check()
-    check_same_dtype(q=q, paged_kv_cache=cache)
+    if not cache.is_fp8:
+        check_same_dtype(q=q, paged_kv_cache=cache)
     for name, want, got in (
         ("head_dim", q.shape[-1], cache.head_dim),
         ("page_size", plan.page_size, cache.page_size),

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.device import has_wgmma
+from jaxattn.kernels.triton._float16 import in_float16
 from jaxattn.kernels.triton._keys import Keys, KeySource, divmod_by, load_rows
 from jaxattn.kernels.triton._launch import Out, launch
 from jaxattn.kernels.triton._limits import Bits, RowLimits
@@ -32,6 +33,7 @@ from jaxattn.kernels.triton._rows import pow2
 from jaxattn.kernels.triton._split_merge import Merging, Partials
 from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides
+from jaxattn.kv_scales import FP8_DTYPES, KVScales
 from jaxattn.operands import ScoreMod, modified
 from jaxattn.plan import MAX_FEW_ROWS, AttentionPlan
 from jaxattn.spec import AttentionSpec, Score
@@ -63,6 +65,7 @@ def _attention_kernel(
     mask_refs: PlannedMask | None,
     sinks_ref,  # float32 [h] or None
     score_mods: Sequence[ScoreMod],  # of refs [h]
+    scale_refs: KVScales | None,  # as in `Keys`
     no_arrivals_ref,  # the zeros that are arrivals_ref's memory, or None
     o_ref,  # [t * h, dv]
     lse_ref,  # float32 [t * h]
@@ -111,7 +114,7 @@ def _attention_kernel(
     lowest: jax.Array | int = 0
     if num_pages is not None:
         lowest, highest = page_range_ref[0], page_range_ref[1]
-    keys = Keys(static.source, k_ref, v_ref, indices_ref, item.page_start, head, lowest)
+    keys = Keys(static.source, k_ref, v_ref, scale_refs, indices_ref, item.page_start, head, lowest)
     bits = None
     kv_end = item.kv_end
     if mask_refs is not None:
@@ -149,8 +152,22 @@ def _attention_kernel(
 
     arrays = [[per_head(ref)[:, None] for ref in mod.arrays] for mod in score_mods]
 
-    def score(s, position):
-        tanh = functools.partial(softmax.tanh, dtype=q.dtype)
+    # What float16 takes from q, and what a head's keys are scaled by, goes into the exponent; where something comes in
+    # between, or each key has a scale of its own, into the scores.
+    row_scale, v_scale = keys.row_scales()
+    if q.dtype != static.source.dtype:
+        q, power = in_float16(q)
+        row_scale = power if row_scale is None else power * row_scale
+    in_exponent = not (static.score.soft_cap or score_mods or static.source.scales_per_token)
+    if row_scale is not None and in_exponent:
+        softmax = dataclasses.replace(softmax, row_scale=row_scale)
+
+    def score(s, k_scale, position):
+        tanh = functools.partial(softmax.tanh, dtype=q_ref.dtype)
+        if row_scale is not None and not in_exponent:
+            s = s * row_scale.reshape(-1, 1)
+        if k_scale is not None:
+            s = s * k_scale[None, :]
         if not score_mods:
             return static.score(s, tanh)
         at = (token + item.q_position)[:, None], keys.tokens(position)[None, :]
@@ -163,25 +180,31 @@ def _attention_kernel(
         if bits is not None:
             position, all_set = bits.visit(position)
             plain = all_set
-        k, v = keys.load(position, limits.first_begin, kv_end)
-        s = score(softmax.dot(q, k, trans_b=True), position)
+        tile = keys.load(position, limits.first_begin, kv_end)
+        s = score(softmax.dot(q, tile.k, trans_b=True), tile.k_scale, position)
         # Most tiles are seen in full by every row.
         plain = plain & limits.all_see(position, block_kv)
         s = jax.lax.cond(plain, lambda s, _: s, masked, s, position)
-        return softmax.update(state, s, v)
+        return softmax.update(state, s, tile.v, tile.v_scale)
 
     # 3. The softmax over them. A sink is a logit that the first split has seen before.
     sink = None
     if sinks_ref is not None:
         sink = jnp.where(item.split == 0, per_head(sinks_ref, -jnp.inf), -jnp.inf)
     dv = v_ref.shape[1]
-    state = softmax.init(block_rows, block_kv, pow2(dv), sink)
+    state = softmax.init(
+        block_rows,
+        block_kv,
+        pow2(dv),
+        sink,
+        values_have_scales=static.source.scales_per_token,
+    )
     num_tiles = (jnp.minimum(item.kv_end, kv_end) - item.kv_begin + block_kv - 1) // block_kv
     if bits is not None:
         num_tiles = (item.kv_end - item.kv_begin) // block_kv
     if num_pages is not None:
         num_tiles = jnp.where(lowest < num_pages, num_tiles, 0)
-    o, lse = softmax.finalize(jax.lax.fori_loop(0, num_tiles, step, state))
+    o, lse = softmax.finalize(jax.lax.fori_loop(0, num_tiles, step, state), v_scale)
 
     # 4. A whole tile is the answer; a split one is a partial state.
     # Read again, the item's fields leave the loop above the registers that its rows would take there.
@@ -235,6 +258,7 @@ def paged_attention(
         q,
         (rows[0], rows[-1]),
         (cache.row_strides, cache.num_pages),
+        cache.scales,
         plan,
         sinks,
         score_mods,
@@ -249,6 +273,7 @@ def contiguous_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    scales: KVScales | None,
     plan: AttentionPlan,
     sinks: jax.Array | None,
     score_mods: Sequence[ScoreMod],
@@ -266,6 +291,7 @@ def contiguous_attention(
         q,
         (k.reshape(a * b, k.shape[-1]), v.reshape(a * b, v.shape[-1])),
         (RowStrides(page=0, slot=slot, head=head, value=0), None),
+        scales,
         plan,
         sinks,
         score_mods,
@@ -280,6 +306,7 @@ def _attention(
     q: jax.Array,
     rows: tuple[jax.Array, jax.Array],
     where: tuple[RowStrides, int | None],
+    scales: KVScales | None,
     plan: AttentionPlan,
     sinks: jax.Array | None,
     score_mods: Sequence[ScoreMod],
@@ -294,10 +321,14 @@ def _attention(
     (k_rows, v_rows), (strides, num_pages) = rows, where
     dv = v_rows.shape[1]
     wgmma = has_wgmma()
+    fp8 = k_rows.dtype.name in FP8_DTYPES
+    # Every float8 number is one of float16.
+    dtype = jnp.dtype(jnp.float16) if fp8 and q.dtype != jnp.float32 else q.dtype
     config = default_config(
         plan.block_rows,
         max(d, dv),
-        q.dtype,
+        dtype,
+        fp8=fp8,
         group=plan.spec.group,
         programs_per_sm=plan.programs_per_sm,
         paged=num_pages is not None,
@@ -319,11 +350,21 @@ def _attention(
             static=Statics(
                 spec=plan.spec,
                 score=score,
-                source=KeySource(strides, plan.page_size, num_pages, config.block_kv, tall),
+                source=KeySource(
+                    strides,
+                    plan.page_size,
+                    num_pages,
+                    config.block_kv,
+                    tall,
+                    dtype,
+                    scales_per_token=scales is not None and scales.per_token,
+                ),
                 softmax=OnlineSoftmax(
                     1.0 if score_mods else score.exponent_scale,
                     late_sum=not tall,
                     interpret=interpret,
+                    # Weights of float16 below 2^15.
+                    headroom=15 if fp8 and dtype == jnp.float16 else 0,
                 ),
                 config=config,
                 parts=parts,
@@ -341,6 +382,7 @@ def _attention(
             mask_refs=plan.mask,
             sinks_ref=sinks,
             score_mods=tuple(score_mods),
+            scale_refs=jax.tree.map(lambda x: x.reshape(-1), scales),
             # XLA writes the zeros of all the layers of a step in one kernel.
             no_arrivals_ref=jnp.zeros(columns, jnp.int32) if merging else None,
         ),

@@ -35,6 +35,7 @@ class Shape:
     paged: bool
     wgmma: bool
     bits: bool  # with mask bits, an address of which each score has
+    fp8: bool  # keys of 8 bits, which become 16 on the way to the tensor cores
 
     @property
     def few(self) -> bool:
@@ -102,9 +103,10 @@ def default_config(
     paged: bool,
     wgmma: bool,
     bits: bool = False,
+    fp8: bool = False,
 ) -> Config:
     """The tile for a shape; a pure function of it."""
     float32 = jnp.dtype(dtype) == jnp.float32
-    shape = Shape(block_rows, head_dim, float32, group, programs_per_sm, paged, wgmma, bits)
+    shape = Shape(block_rows, head_dim, float32, group, programs_per_sm, paged, wgmma, bits, fp8)
     row = next(row for row in TABLE if row.fits(shape))
     return Config(min(block_rows, row.max_rows), row.keys, row.warps, row.stages)
