@@ -264,13 +264,12 @@ def _paged_kv(
     scales: str | None = None,
 ):
     """A cache with just the pages that `batch` requests of `kv_len` tokens need, and its table."""
-    if scales == "tensor":
-        scales = ja.KVScales.of(1.0, 1.0)
     pages = batch * -(-kv_len // page_size)
+    kv_scales = ja.KVScales.of(1.0, 1.0) if scales == "tensor" else scales
     return jax.eval_shape(
         lambda: (
             ja.PagedKVCache.zeros(
-                pages, page_size, num_kv_heads, d, dtype, head_dim_v=dv, scales=scales
+                pages, page_size, num_kv_heads, d, dtype, head_dim_v=dv, scales=kv_scales
             ),
             ja.PageTable(
                 jnp.zeros(batch + 1, jnp.int32),

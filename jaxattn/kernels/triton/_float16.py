@@ -10,6 +10,7 @@ Axes: r rows, d head dim.
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
 
 _BIAS, _MANTISSA_BITS = 127, 23  # of float32
 _TOP = 14  # the exponent of the largest magnitude afterwards
@@ -27,3 +28,29 @@ def in_float16(q: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     down = power_of_two(2 * _BIAS + _TOP - exponent)
     return (q * down[:, None]).astype(jnp.float16), power_of_two(exponent - _TOP)
+
+
+def paired(x: jax.Array) -> jax.Array:
+    """Rows [n, d] of 8-bit elements as int16 [n, d / 2], the same memory."""
+    return jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.int16)
+
+
+def unpaired(x: jax.Array, dtype: jnp.dtype, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """The even and the odd elements, float16, of pairs int16 of a float8 dtype."""
+    if interpret:
+        both = jax.lax.bitcast_convert_type(x, dtype).astype(jnp.float16)
+        return both[..., 0], both[..., 1]
+    if dtype == jnp.float8_e5m2:
+        # The upper half of a float16.
+        low, high = x << 8, x & -256
+    else:
+        (two,) = plgpu.elementwise_inline_asm(
+            "cvt.rn.f16x2.e4m3x2 $0, $1;",
+            args=[x],
+            constraints="=r,h",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int32)],
+        )
+        low, high = two.astype(jnp.int16), (two >> 16).astype(jnp.int16)
+    even, odd = (jax.lax.bitcast_convert_type(y, jnp.float16) for y in (low, high))
+    return even, odd

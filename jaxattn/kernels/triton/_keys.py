@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from jaxattn.kernels.triton._float16 import unpaired
 from jaxattn.kernels.triton._rows import both, pow2
 from jaxattn.kv_cache import RowStrides
 
@@ -33,6 +34,10 @@ class KeySource:
     page_at_once: bool
     dtype: jnp.dtype  # what products are computed in
     scales_per_token: bool
+    # The dtype of V's elements where a row holds pairs of them as int16, the even one in the low half; else None. V's
+    # tile goes to mma.sync transposed, and in 8 bits it could only be read from shared memory byte by byte.
+    v_pairs: jnp.dtype | None
+    interpret: bool
 
     @property
     def paged(self) -> bool:
@@ -50,7 +55,7 @@ class KeyTile(NamedTuple):
     """The keys and values of consecutive tokens, as they are stored."""
 
     k: jax.Array  # [k, d]
-    v: jax.Array  # [k, dv]
+    v: tuple[jax.Array, ...]  # [k, dv], or its even and its odd columns
     k_scale: (
         jax.Array | None
     )  # float32 [k], what k and its scores are to be multiplied by; None: the same for all
@@ -111,7 +116,9 @@ class Keys:
                 plgpu.load(ref.at[at], mask=exist, other=1.0)
                 for ref in (self.scale_refs.k, self.scale_refs.v)
             )
-        return KeyTile(k.astype(self.source.dtype), v.astype(self.source.dtype), k_scale, v_scale)
+        dtype, pairs = self.source.dtype, self.source.v_pairs
+        parts = (v,) if pairs is None else unpaired(v, pairs, interpret=self.source.interpret)
+        return KeyTile(k.astype(dtype), tuple(x.astype(dtype) for x in parts), k_scale, v_scale)
 
     def exist(self, position: jax.Array, begin: jax.Array | None, end: jax.Array) -> jax.Array:
         """bool [k]: which tokens from `position` on lie in begin .. end - 1 (None: before end) and have a page.

@@ -26,7 +26,7 @@ LN2 = math.log(2)
 class State(NamedTuple):
     m: jax.Array  # float32 [r], of scores times `unit`; -inf before the first key
     l: jax.Array  # float32 [r], or [r, k]: a sum for each place of a tile
-    acc: jax.Array  # float32 [r, d]
+    acc: tuple[jax.Array, ...]  # float32 [r, d / n] each, of the n parts that values come in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,15 @@ class OnlineSoftmax:
         head_dim: int,
         logit: jax.Array | None = None,
         *,
+        parts: int = 1,
         values_have_scales: bool = False,
     ) -> State:
         """Before the first key; with a logit float32 [r], as if a key with that logit and value 0 had been seen.
 
+        parts: of the values, as in `update`.
         values_have_scales: the updates will have a v_scale.
         """
-        acc = jnp.zeros((rows, head_dim), jnp.float32)
+        acc = tuple(jnp.zeros((rows, head_dim // parts), jnp.float32) for _ in range(parts))
         l = jnp.zeros((rows, keys) if self.late_sum else (rows,), jnp.float32)
         if logit is None:
             return State(jnp.full((rows,), -jnp.inf, jnp.float32), l, acc)
@@ -69,9 +71,15 @@ class OnlineSoftmax:
         return State(m - below * self.binade if below else m, l, acc)
 
     def update(
-        self, state: State, s: jax.Array, v: jax.Array, v_scale: jax.Array | None = None
+        self,
+        state: State,
+        s: jax.Array,
+        v: tuple[jax.Array, ...],
+        v_scale: jax.Array | None = None,
     ) -> State:
         """Takes in a tile: float32 scores s [r, k] without the scale, -inf where masked, and values v [k, d].
+
+        v: the values, or, of n parts, each n-th of their columns.
 
         v_scale: float32 [k], what the values are to be multiplied by. The weights are, by their exponent, so that the
         largest of them are no larger and no smaller than without; the sum of weights takes it out again.
@@ -93,8 +101,9 @@ class OnlineSoftmax:
             l = state.l * alpha[:, None] + weight
         else:
             l = state.l * alpha + jnp.sum(weight, axis=1)
-        pv = self.dot(p.astype(v.dtype), v)
-        return State(m, l, state.acc * alpha[:, None] + pv)
+        p = p.astype(v[0].dtype)
+        pv = [self.dot(p, part) for part in v]
+        return State(m, l, tuple(a * alpha[:, None] + x for a, x in zip(state.acc, pv)))
 
     def finalize(
         self, state: State, v_scale: jax.Array | None = None
@@ -106,7 +115,10 @@ class OnlineSoftmax:
         l = jnp.sum(state.l, axis=1) if self.late_sum else state.l
         empty = l == 0.0
         l = jnp.where(empty, 1.0, l)
-        o = state.acc / l[:, None]
+        acc = state.acc[0]
+        if len(state.acc) > 1:
+            acc = jnp.stack(state.acc, axis=-1).reshape(acc.shape[0], -1)
+        o = acc / l[:, None]
         o = o if v_scale is None else o * v_scale
         lse = (state.m * (self.scale * LOG2E / self.unit) + jnp.log2(l)) * LN2
         return o, jnp.where(empty, -jnp.inf, lse)

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.device import has_wgmma
-from jaxattn.kernels.triton._float16 import in_float16
+from jaxattn.kernels.triton._float16 import in_float16, paired
 from jaxattn.kernels.triton._keys import Keys, KeySource, divmod_by, load_rows
 from jaxattn.kernels.triton._launch import Out, launch
 from jaxattn.kernels.triton._limits import Bits, RowLimits
@@ -35,7 +35,7 @@ from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 from jaxattn.kv_scales import FP8_DTYPES, KVScales
 from jaxattn.operands import ScoreMod, modified
-from jaxattn.plan import MAX_FEW_ROWS, AttentionPlan
+from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, AttentionPlan
 from jaxattn.spec import AttentionSpec, Score
 from jaxattn.visits import MaskItem, PlannedMask
 from jaxattn.work_list import WorkItem
@@ -191,12 +191,13 @@ def _attention_kernel(
     sink = None
     if sinks_ref is not None:
         sink = jnp.where(item.split == 0, per_head(sinks_ref, -jnp.inf), -jnp.inf)
-    dv = v_ref.shape[1]
+    dv = o_ref.shape[1]
     state = softmax.init(
         block_rows,
         block_kv,
         pow2(dv),
         sink,
+        parts=1 if static.source.v_pairs is None else 2,
         values_have_scales=static.source.scales_per_token,
     )
     num_tiles = (jnp.minimum(item.kv_end, kv_end) - item.kv_begin + block_kv - 1) // block_kv
@@ -335,6 +336,7 @@ def _attention(
         wgmma=wgmma,
         bits=plan.mask is not None,
     )
+    pairs = fp8 and dv % 2 == 0 and not (wgmma and config.block_rows >= MID_ROWS)
     merging = Merging.of(plan, config, dv, wgmma=wgmma)
     tall = config.block_rows > MAX_FEW_ROWS
     parts = plan.block_rows // config.block_rows
@@ -358,6 +360,8 @@ def _attention(
                     tall,
                     dtype,
                     scales_per_token=scales is not None and scales.per_token,
+                    v_pairs=v_rows.dtype if pairs else None,
+                    interpret=interpret,
                 ),
                 softmax=OnlineSoftmax(
                     1.0 if score_mods else score.exponent_scale,
@@ -374,7 +378,7 @@ def _attention(
         dict(
             q_ref=q.reshape(t * h, d),
             k_ref=k_rows,
-            v_ref=v_rows,
+            v_ref=paired(v_rows) if pairs else v_rows,
             items_ref=plan.items,
             indices_ref=plan.page_indices,
             page_range_ref=plan.page_range,
