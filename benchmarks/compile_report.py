@@ -417,6 +417,7 @@ def _rope_append(
     kv_heads: int,
     d: int,
     norm: bool = False,
+    apart: bool = False,
     dtype: Any = jnp.bfloat16,
     *,
     kv: Any = None,
@@ -429,7 +430,9 @@ def _rope_append(
         where = (batch_indices, positions, cos_sin_cache, cache, table)
         return ja.rope_append_paged_kv_cache(qkv, *where, **weights)
 
-    qkv = _struct(4096, (heads + 2 * kv_heads) * d, dtype=dtype)
+    qkv: Any = _struct(4096, (heads + 2 * kv_heads) * d, dtype=dtype)
+    if apart:
+        qkv = tuple(_struct(4096, h * d, dtype=dtype) for h in (heads, kv_heads, kv_heads))
     cos_sin_cache = _struct(8192, d, dtype=jnp.float32)
     return step, (qkv, _struct(4096), _struct(4096), cos_sin_cache, cache, table, weights)
 
@@ -585,6 +588,7 @@ CASES = (
     _case("rope cache neox bf16 16/8 d256", _rope_cache, 16, 8, 256),
     _case("rope_append bf16 32/8 d128", _rope_append, 32, 8, 128, hot=True),
     _case("rope_append norm bf16 32/8 d128", _rope_append, 32, 8, 128, True, hot=True),
+    _case("rope_append apart bf16 32/8 d128", _rope_append, 32, 8, 128, False, True, hot=True),
     _case("rope_append norm bf16 64/8 d128", _rope_append, 64, 8, 128, True),
     _case("rope_append bf16 8/1 d128", _rope_append, 8, 1, 128),
     _case("append bf16 8 d128 p1", _append, 8, 128, 1, hot=True),

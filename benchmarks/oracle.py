@@ -103,10 +103,9 @@ def _expected(case: Case, x: Any) -> Sequence[Array]:
             write = jax.jit(
                 functools.partial(reference.rope_append_paged_kv_cache, interleave=False, eps=EPS)
             )
-            where = (x.batch_indices, x.positions, x.cos_sin_cache)
-            q, cache = write(
-                x.qkv.astype(jnp.float32), *where, x.norm_weights, x.cache, x.pages.table
-            )
+            heads = x.qkv.astype(jnp.float32).reshape(x.qkv.shape[0], -1, x.cache.head_dim)
+            where = (x.batch_indices, x.positions, None, x.cos_sin_cache)
+            q, cache = write((heads,), *where, x.norm_weights, x.cache, x.pages.table)
             return [*(pages.reshape(-1, *pages.shape[2:]) for pages in cache.arrays), q]
     raise TypeError(f"no oracle for {type(case).__name__}")
 

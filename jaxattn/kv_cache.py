@@ -9,7 +9,8 @@ Axes: b requests, t tokens, kh KV heads, d head dim, n pages, p page size, w pag
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,53 @@ class PagedKVCache:
             cache = cls(jnp.expand_dims(kv, page_axis) if kv.ndim == 4 else kv, kv_layout)
         cache.check()
         return cache
+
+    @classmethod
+    def from_dense(cls, k: Array, v: Array, page_size: int) -> "PagedKVCache":
+        """A dense cache as pages, by a reshape: those of request i are page i * w to i * w + w - 1, w = s / page_size.
+
+        `PageTable.contiguous` is its table; `to_dense` is the way back.
+
+        Args:
+          k, v: [b, s, kh, d], V's d its own.
+          page_size: tokens a page; a divisor of s.
+
+        Raises:
+          ValueError: shapes that do not fit, a page size that does not divide s.
+        """
+        check_positive(page_size=page_size)
+        check_shape("k", k, ("b", "s", "kh", "d"))
+        check_shape("v", v, (*k.shape[:3], "head_dim of v"))
+        b, s = k.shape[:2]
+        if s % page_size:
+            raise ValueError(
+                f"page_size must divide the {s} tokens of the dense cache; got {page_size}: "
+                f"take a divisor, or make the cache {s + -s % page_size} tokens long"
+            )
+        pages = (b * (s // page_size), page_size)
+        return cls((k.reshape(*pages, *k.shape[2:]), v.reshape(*pages, *v.shape[2:])))
+
+    def to_dense(self, batch_size: int) -> tuple[Array, Array]:
+        """(k, v) [b, s, kh, d] of a cache whose pages are those of `from_dense`, by a reshape.
+
+        Raises:
+          ValueError: layout "HND", or one array for K and V, whose tokens do not lie side by side; pages that the
+            requests cannot share equally.
+        """
+        self.check()
+        if self.layout != "NHD" or self.combined:
+            raise ValueError(
+                "to_dense needs layout 'NHD' and K and V in arrays of their own; got "
+                f"layout={self.layout!r}, combined={self.combined}"
+            )
+        check_positive(batch_size=batch_size)
+        if self.num_pages % batch_size:
+            raise ValueError(
+                f"batch_size must divide the cache's {self.num_pages} pages; got {batch_size}"
+            )
+        tokens = self.num_pages // batch_size * self.page_size
+        k, v = (x.reshape(batch_size, tokens, *x.shape[2:]) for x in (self.k, self.v))
+        return k, v
 
     def check(self) -> None:
         """Raises ValueError or TypeError, with the reason, unless the arrays form a cache."""
@@ -303,6 +351,23 @@ class PageTable:
         last_page_len = jnp.where(num_pages > 0, kv_len - (num_pages - 1) * page_size, 0)
         return cls(indptr, indices, last_page_len, page_size)
 
+    @classmethod
+    def contiguous(cls, kv_len: Array, max_len: int, page_size: int) -> "PageTable":
+        """The table where request i owns pages i * w to i * w + w - 1, w = ceil(max_len / page_size).
+
+        Args:
+          kv_len: int32 [b], tokens of each request, at most w * page_size; tokens beyond are absent.
+          max_len: tokens that a request may have.
+          page_size: tokens a page.
+
+        Raises: as `from_block_table`.
+        """
+        check_positive(max_len=max_len, page_size=page_size)
+        check_index("kv_len", kv_len, "b")
+        width = -(-max_len // page_size)
+        pages = jnp.arange(kv_len.shape[0] * width, dtype=jnp.int32)
+        return cls.from_block_table(pages.reshape(-1, width), kv_len, page_size)
+
     def to_block_table(self, max_pages: int) -> Array:
         """Dense rows int32 [b, max_pages]; entries past a request's pages are -1."""
         check_positive(max_pages=max_pages)
@@ -363,6 +428,40 @@ class PageTable:
     @property
     def batch_size(self) -> int:
         return self.last_page_len.shape[0]
+
+
+def as_pool(paged_kv_cache: Any) -> tuple[PagedKVCache, Callable[[PagedKVCache], Any]]:
+    """A cache in one of the forms that models keep it in, as a `PagedKVCache`; and the way back to that form.
+
+    Args:
+      paged_kv_cache: a `PagedKVCache`, or a tuple (k, v) of its arrays in layout "NHD". Where these begin with the
+        batch, [b, w, p, kh, d] ("HND": [b, w, kh, p, d]), the pool is its b * w pages.
+
+    Raises:
+      TypeError: neither of them.
+    """
+    if isinstance(paged_kv_cache, PagedKVCache):
+        cache, is_tuple = paged_kv_cache, False
+    elif isinstance(paged_kv_cache, tuple) and len(paged_kv_cache) == 2:
+        cache, is_tuple = PagedKVCache(paged_kv_cache), True
+    else:
+        raise TypeError(
+            "paged_kv_cache must be a PagedKVCache or a tuple (k, v) of arrays [n, p, kh, d] or [b, w, p, kh, d]; "
+            f"got {type(paged_kv_cache).__name__}"
+        )
+    shapes = [jnp.shape(x) for x in cache.arrays]
+    by_batch = not cache.combined and all(len(shape) == 5 for shape in shapes)
+    if by_batch:
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in cache.data)
+        cache = dataclasses.replace(cache, data=(k, v))
+
+    def back(cache: PagedKVCache) -> Any:
+        if by_batch:
+            k, v = (x.reshape(shape) for x, shape in zip(cache.arrays, shapes))
+            cache = dataclasses.replace(cache, data=(k, v))
+        return cache.data if is_tuple else cache
+
+    return cache, back
 
 
 def get_seq_lens(kv_indptr: Array, kv_last_page_len: Array, page_size: int) -> Array:

@@ -117,10 +117,19 @@ def plan_decode(
       ValueError, TypeError: shapes, dtypes, head counts or a window that do not fit.
     """
     page_table, page_size = _checked(page_table, page_size)
-    spec = AttentionSpec(num_qo_heads, num_kv_heads, Visible.of(False, window_left))
-    group, batch = spec.group, page_table.batch_size
+    return decode_plan(
+        Keys.of(page_table, page_size),
+        AttentionSpec(num_qo_heads, num_kv_heads, Visible.of(False, window_left)),
+        Splits(fixed_split_size, disable_split_kv, page_size),
+        num_sms or default_num_sms(),
+    )
+
+
+def decode_plan(keys: Keys, spec: AttentionSpec, splits: "Splits", num_sms: int) -> AttentionPlan:
+    """`plan_decode` of keys on pages, however they were found."""
+    assert keys.page_indices is not None
+    group, batch, page_size = spec.group, keys.kv_len.shape[0], keys.page_size
     block_rows = min(max(MIN_ROWS, 1 << (group - 1).bit_length()), MID_ROWS)
-    keys = Keys.of(page_table, page_size)
     kv_len, kv_end, page_start = keys.kv_len, keys.kv_end, keys.page_start
     # A request is one tile, or several where its group is larger than a tile.
     first = jnp.arange(batch, dtype=jnp.int32)[:, None] * group
@@ -137,18 +146,16 @@ def plan_decode(
         kv_begin=aligned(begin, page_size, row.shape),
         kv_end=end,
     )
-    num_sms = num_sms or default_num_sms()
-    splits = _Splits(fixed_split_size, disable_split_kv, page_size)
     programs_per_sm = _programs_per_sm(
-        block_rows, group, row.size * num_kv_heads, num_sms, splits.adaptive
+        block_rows, group, row.size * spec.num_kv_heads, num_sms, splits.adaptive
     )
     # A full split takes as many pages of the table; each tile has at most one that is not full.
-    most = row.size + tiles_per_request * (page_table.indices.size // (fixed_split_size or 1))
-    fill = -(-programs_per_sm * num_sms // num_kv_heads)
+    most = row.size + tiles_per_request * (keys.page_indices.size // (splits.fixed_size or 1))
+    fill = -(-programs_per_sm * num_sms // spec.num_kv_heads)
     work = make_work_list(tiles, splits.splitting(fill, most, block_rows))
     return AttentionPlan(
         qo_indptr=None,
-        page_indices=page_table.indices,
+        page_indices=keys.page_indices,
         page_range=keys.page_range(spec.visible.begin(kv_len - 1)),
         page_start=page_start,
         kv_len=kv_len,
@@ -214,23 +221,25 @@ def plan_prefill(
     """
     page_table, page_size = _checked(page_table, page_size)
     check_index("qo_indptr", qo_indptr, page_table.batch_size + 1)
-    return _plan_prefill(
-        jnp.asarray(qo_indptr),
-        Keys.of(page_table, page_size),
-        num_qo_tokens,
-        _spec(
-            num_qo_heads,
-            num_kv_heads,
-            causal,
-            window_left,
-            window_right,
-            mask,
-            bidirectional_spans,
-        ),
-        _Splits(fixed_split_size, disable_split_kv, page_size),
+    spec = _spec(
+        num_qo_heads,
+        num_kv_heads,
+        causal,
+        window_left,
+        window_right,
         mask,
         bidirectional_spans,
+    )
+    qo_indptr, keys = jnp.asarray(qo_indptr), Keys.of(page_table, page_size)
+    return prefill_plan(
+        qo_indptr,
+        keys,
+        num_qo_tokens,
+        spec,
+        Splits(fixed_split_size, disable_split_kv, page_size),
         num_sms or default_num_sms(),
+        mask=mask,
+        limits=_limits(qo_indptr, keys, num_qo_tokens, spec.visible, bidirectional_spans),
     )
 
 
@@ -260,45 +269,46 @@ def plan_ragged_prefill(
     qo_indptr, kv_indptr = jnp.asarray(qo_indptr), jnp.asarray(kv_indptr)
     start = jnp.maximum(kv_indptr[:-1], 0)
     kv_len = jnp.maximum(kv_indptr[1:] - start, 0)
-    return _plan_prefill(
-        qo_indptr,
-        Keys(None, start, kv_len, kv_len, 1),
-        num_qo_tokens,
-        _spec(
-            num_qo_heads,
-            num_kv_heads,
-            causal,
-            window_left,
-            window_right,
-            mask,
-            bidirectional_spans,
-        ),
-        _Splits(None, disable_split_kv, 1),
+    spec = _spec(
+        num_qo_heads,
+        num_kv_heads,
+        causal,
+        window_left,
+        window_right,
         mask,
         bidirectional_spans,
+    )
+    keys = Keys(None, start, kv_len, kv_len, 1)
+    return prefill_plan(
+        qo_indptr,
+        keys,
+        num_qo_tokens,
+        spec,
+        Splits(None, disable_split_kv),
         num_sms or default_num_sms(),
+        mask=mask,
+        limits=_limits(qo_indptr, keys, num_qo_tokens, spec.visible, bidirectional_spans),
     )
 
 
-def _plan_prefill(
+def prefill_plan(
     qo_indptr: Array,
     keys: Keys,
     num_qo_tokens: int,
     spec: AttentionSpec,
-    splits: "_Splits",
-    mask: MaskBits | None,
-    spans: Array | None,
+    splits: "Splits",
     num_sms: int,
+    *,
+    mask: MaskBits | None = None,
+    limits: Array | None = None,
 ) -> AttentionPlan:
+    """`plan_prefill` of keys wherever they lie; `limits` as in `AttentionPlan`, in place of `spec.visible`."""
     if num_qo_tokens != 0:
         check_positive(num_qo_tokens=num_qo_tokens)
     batch, group = keys.kv_len.shape[0], spec.group
     block_rows = MAX_ROWS
     if splits.adaptive:
         block_rows = _rows_of_tile(num_qo_tokens * group, batch, spec.num_kv_heads, num_sms)
-    limits = None
-    if spans is not None:
-        limits = _limits(qo_indptr, keys, num_qo_tokens, spec.visible, spans)
     tiles, request = _tiles(qo_indptr, keys, num_qo_tokens, spec, block_rows, limits)
     # What lies behind the window of a request's first query is not read; blocks of a mask are read whole.
     behind = spec.visible.begin(keys.kv_len - (qo_indptr[1:] - qo_indptr[:-1]))
@@ -384,9 +394,11 @@ def _tiles(
 
 
 def _limits(
-    qo_indptr: Array, keys: Keys, num_qo_tokens: int, visible: Visible, spans: Array
-) -> Array:
+    qo_indptr: Array, keys: Keys, num_qo_tokens: int, visible: Visible, spans: Array | None
+) -> Array | None:
     """int32 [t, 2], as `AttentionPlan.limits`: what is visible to a token, and the span that it lies in."""
+    if spans is None:
+        return None
     check_shape("bidirectional_spans", spans, (num_qo_tokens, 2))
     check_int32("bidirectional_spans", spans)
     token = jnp.arange(num_qo_tokens, dtype=jnp.int32)
@@ -406,16 +418,16 @@ def _limits(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Splits:
+class Splits:
     """A plan's arguments about splitting.
 
     Raises:
       ValueError: a size that is not positive, or one together with `disabled`.
     """
 
-    fixed_size: int | None  # in pages
-    disabled: bool
-    page_size: int
+    fixed_size: int | None = None  # in pages
+    disabled: bool = False
+    page_size: int = 1
 
     def __post_init__(self) -> None:
         if self.fixed_size is not None:

@@ -417,9 +417,10 @@ def _each(scale: Array, x: Array) -> Array:
 
 
 def rope_append_paged_kv_cache(
-    qkv: Array,
+    qkv: tuple[Array, ...],
     batch_indices: Array,
     positions: Array,
+    rope_positions: Array | None,
     cos_sin_cache: Array,
     norm_weights: tuple[Array, Array] | None,
     paged_kv_cache: PagedKVCache,
@@ -431,18 +432,19 @@ def rope_append_paged_kv_cache(
     """`rmsnorm` of each query and key head, `rope` and `append_paged_kv_cache`, rounded once at their end.
 
     Args:
-      qkv: [t, (h + 2 kh) * d], the heads of q, of k, of v.
+      qkv: one array [t, h + 2 kh, d], the heads of q, of k, of v; or three, [t, h, d], [t, kh, d] and [t, kh, dv].
+      rope_positions: rows of the table; None: positions.
       norm_weights: of q and of k, [d] each; None: no norm.
     """
-    cache = paged_kv_cache
-    t, width = qkv.shape
-    heads = qkv.reshape(t, width // cache.head_dim, cache.head_dim)
-    num_heads = heads.shape[1] - 2 * cache.num_kv_heads
-    q, k, v = jnp.split(
-        heads.astype(jnp.float32), (num_heads, num_heads + cache.num_kv_heads), axis=1
-    )
+    cache, dtype = paged_kv_cache, qkv[0].dtype
+    heads = [x.astype(jnp.float32) for x in qkv]
+    if len(heads) == 1:
+        num_heads = qkv[0].shape[1] - 2 * cache.num_kv_heads
+        heads = jnp.split(heads[0], (num_heads, num_heads + cache.num_kv_heads), axis=1)
+    q, k, v = heads
     if norm_weights is not None:
         q, k = (rmsnorm(x, weight, eps=eps) for x, weight in zip((q, k), norm_weights))
-    q, k = rope(q, k, positions, cos_sin_cache, interleave=interleave)
+    row = positions if rope_positions is None else rope_positions
+    q, k = rope(q, k, row, cos_sin_cache, interleave=interleave)
     cache = append_paged_kv_cache(k, v, batch_indices, positions, cache, page_table)
-    return q.astype(qkv.dtype), cache
+    return q.astype(dtype), cache

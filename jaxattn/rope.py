@@ -37,6 +37,7 @@ def precompute_freqs_cis(
     low_freq_factor: float | None = None,
     high_freq_factor: float | None = None,
     old_context_len: int | None = None,
+    frequencies: Array | None = None,
 ) -> Array:
     """The table that `apply_rope_with_cos_sin_cache` reads.
 
@@ -51,13 +52,16 @@ def precompute_freqs_cis(
       rotary_dim: dims that rotate, even, at most head_dim; default all.
       rope_scale: divides the frequencies.
       low_freq_factor, high_freq_factor, old_context_len: Llama-3.1's scaling; all three or none.
+      frequencies: float32 [rotary_dim / 2], radians a position, in place of all of the above: YaRN's, NTK-aware or
+        LongRoPE's, say. Where such a scheme also scales attention, multiply the table by its factor.
 
     Returns:
       float32 [max_seq_len, rotary_dim], cosines in the first half of a row, sines in the second.
 
     Raises:
-      ValueError: a size that is not positive, an odd or too large rotary_dim, or only some of
-        Llama-3.1's three arguments.
+      ValueError: a size that is not positive, an odd or too large rotary_dim, only some of
+        Llama-3.1's three arguments, or frequencies together with what they replace.
+      TypeError: frequencies that are not float32.
     """
     check_positive(head_dim=head_dim, max_seq_len=max_seq_len)
     llama31 = (low_freq_factor, high_freq_factor, old_context_len)
@@ -67,13 +71,28 @@ def precompute_freqs_cis(
             f"got {low_freq_factor=}, {high_freq_factor=}, {old_context_len=}"
         )
     positions = jnp.arange(max_seq_len, dtype=jnp.int32)
-    return _table(
-        positions,
-        _rotary_dim(rotary_dim, head_dim),
-        rope_theta,
-        rope_scale,
-        *llama31,
-    )
+    if frequencies is None:
+        rotary_dim = _rotary_dim(rotary_dim, head_dim)
+        frequencies = reference.rope_frequencies(rotary_dim, rope_theta, rope_scale, *llama31)
+    else:
+        if rope_theta != 1e4 or rope_scale != 1 or llama31 != (None,) * 3:
+            raise ValueError(
+                "frequencies are used as they are: leave out rope_theta, rope_scale and Llama-3.1's arguments; "
+                f"got {rope_theta=}, {rope_scale=}, {low_freq_factor=}, {high_freq_factor=}, {old_context_len=}"
+            )
+        check_shape("frequencies", frequencies, ("rotary_dim / 2",))
+        size = 2 * frequencies.shape[0]
+        if rotary_dim not in (None, size):
+            raise ValueError(
+                f"frequencies must have rotary_dim / 2 = {rotary_dim / 2:g} elements; got {size // 2}"
+            )
+        _rotary_dim(size, head_dim)
+        if frequencies.dtype != jnp.float32:
+            raise TypeError(
+                f"frequencies must be float32; got {frequencies.dtype}: use frequencies.astype(jnp.float32)"
+            )
+        frequencies = copied_from_host(frequencies)
+    return _table(positions, frequencies)
 
 
 def apply_rope_with_cos_sin_cache(
@@ -248,12 +267,9 @@ def _positions(q: Array, indptr: Array, offsets: Array) -> Array:
     return jnp.where(row < indptr[-1], position, 0)
 
 
-def _table(positions: Array, rotary_dim: int, *scaling: Any) -> Array:
-    """float32 [t, rotary_dim]: cosines, then sines, of positions int32 [t]."""
-    angle = (
-        jnp.asarray(positions, jnp.float32)[:, None]
-        * reference.rope_frequencies(rotary_dim, *scaling)[None, :]
-    )
+def _table(positions: Array, frequencies: Array) -> Array:
+    """float32 [t, rotary_dim]: cosines, then sines, of positions int32 [t] at float32 [rotary_dim / 2]."""
+    angle = jnp.asarray(positions, jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
 
 
@@ -273,7 +289,8 @@ def _apply(
     check_shape("k", k, (t, "num_kv_heads", head_dim))
     check_index("pos_ids", positions, t)
     positions = copied_from_host(positions)
-    table = _table(positions, _rotary_dim(rotary_dim, head_dim), *scaling)
+    frequencies = reference.rope_frequencies(_rotary_dim(rotary_dim, head_dim), *scaling)
+    table = _table(positions, frequencies)
     rows = jnp.arange(t, dtype=jnp.int32)
     return _rope(q, k, rows, table, head_dim, interleave, in_place, backend)
 

@@ -11,7 +11,7 @@ import jaxattn
 PACKAGE = Path(jaxattn.__file__).parent
 
 FLOORS = [
-    ["checks", "device"],
+    ["checks", "device", "padded"],
     ["kv_scales", "spec"],
     ["kv_cache"],
     ["operands", "work_list"],
@@ -29,6 +29,7 @@ FLOORS = [
     ["kernels.triton._split_merge"],
     ["kernels.*"],
     ["append", "attention", "merge", "norm", "rope"],
+    ["dense", "model_step", "ragged"],
     ["flashinfer.arguments", "flashinfer.index_arrays", "flashinfer.options"],
     ["flashinfer.logits", "flashinfer.masks"],
     ["flashinfer.cascade", "flashinfer.norm", "flashinfer.page", "flashinfer.quantization"],

@@ -126,6 +126,45 @@ def test_llama31_table():
     np.testing.assert_allclose(np.asarray(table), want, atol=1e-5)
 
 
+def test_table_of_given_frequencies():
+    """Traced ones too; those of the formula give its table, bit for bit, through either way."""
+    frequencies = np.linspace(1.0, 1e-3, 24, dtype=np.float32)
+    table = ja.precompute_freqs_cis(64, 50, frequencies=frequencies)
+    angle = np.outer(np.arange(50), frequencies.astype(np.float64))
+    want = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(np.asarray(table), want, atol=1e-5)
+    traced = jax.jit(lambda f: ja.precompute_freqs_cis(64, 50, rotary_dim=48, frequencies=f))
+    assert same(traced(frequencies), table)
+
+    own = reference.rope_frequencies(48, 5e5, 2.0)
+    plain = ja.precompute_freqs_cis(64, 50, 5e5, rotary_dim=48, rope_scale=2.0)
+    assert same(ja.precompute_freqs_cis(64, 50, frequencies=own), plain)
+
+
+@pytest.mark.parametrize(
+    "error,message,change",
+    [
+        (ValueError, "leave out rope_theta", dict(rope_theta=5e5)),
+        (ValueError, "leave out .*rope_scale=2", dict(rope_scale=2.0)),
+        (
+            ValueError,
+            "leave out .*Llama-3.1",
+            dict(low_freq_factor=1.0, high_freq_factor=4.0, old_context_len=64),
+        ),
+        (ValueError, "must have rotary_dim / 2 = 16 elements; got 24", dict(rotary_dim=32)),
+        (ValueError, "rotary_dim must be even and at most", dict(head_dim=32)),
+        (ValueError, "frequencies must have shape", dict(frequencies=np.ones((24, 1), np.float32))),
+        (TypeError, "frequencies must be float32", dict(frequencies=np.ones(24))),
+        (TypeError, "frequencies must be an array", dict(frequencies=[1.0] * 24)),
+    ],
+)
+def test_frequencies_that_cannot_be(error, message, change):
+    args = dict(head_dim=64, max_seq_len=8, frequencies=np.ones(24, np.float32)) | change
+    with pytest.raises(error, match=message):
+        ja.precompute_freqs_cis(**args)
+
+
 LLAMA31 = dict(rope_scale=8, low_freq_factor=1, high_freq_factor=4, old_context_len=8192)
 
 

@@ -40,23 +40,41 @@ class Case:
     table: jax.Array
     weights: dict[str, jax.Array]
     is_neox: bool
+    apart: bool = False  # q, k and v come as three arrays
+    rope_positions: jax.Array | None = None
 
     @property
     def args(self):
         key, value, batch_indices, positions, cache, page_table = self.append.args
-        heads = jnp.concatenate([self.query, key, value], axis=1)
-        t, h, d = heads.shape
-        qkv = heads.reshape(t, h * d)
+        parts = (self.query, key, value)
+        qkv = parts if self.apart else jnp.concatenate([flat(x) for x in parts], axis=1)
         return qkv, batch_indices, positions, self.table, cache, page_table
 
     @property
     def how(self):
-        return dict(is_neox=self.is_neox, eps=EPS, **self.weights)
+        how = dict(is_neox=self.is_neox, eps=EPS, **self.weights)
+        if self.rope_positions is not None:
+            how["rope_positions"] = self.rope_positions
+        return how
+
+
+def flat(x):
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
 
 
 def make_case(
-    heads=4, *, rotary_dim=None, norm=True, weight_dtype=f32, is_neox=True, positions=16, **append
+    heads=4,
+    *,
+    rotary_dim=None,
+    norm=True,
+    weight_dtype=f32,
+    is_neox=True,
+    positions=16,
+    apart=False,
+    turned=False,
+    **append,
 ):
+    """A case; apart: q, k and v in arrays of their own; turned: rotated by other positions than the slots'."""
     new = make_append(**append)
     t, _, d = new.key.shape
     weights = {}
@@ -65,7 +83,8 @@ def make_case(
         weights["k_norm_weight"] = normal((d,), weight_dtype, seed=5)
     query = normal((t, heads, d), new.key.dtype, seed=3, scale=30.0)
     table = ja.precompute_freqs_cis(d, positions, rotary_dim=rotary_dim)
-    return Case(query, new, table, weights, is_neox)
+    where = positions - 1 - new.positions if turned else None
+    return Case(query, new, table, weights, is_neox, apart, where)
 
 
 run = jax.jit(ja.rope_append_paged_kv_cache, static_argnames=("is_neox", "eps", "backend"))
@@ -85,7 +104,8 @@ def check(case, backend):
     new = case.append
     assert (cache.layout, cache.combined) == (new.cache.layout, new.cache.combined)
     heads = case.query.astype(f32), new.key.astype(f32)
-    want_q, want_k = truth(*heads, new.positions, case.table, case.weights, is_neox=case.is_neox)
+    rows = new.positions if case.rope_positions is None else case.rope_positions
+    want_q, want_k = truth(*heads, rows, case.table, case.weights, is_neox=case.is_neox)
     k_pages, v_pages = by_loop(dataclasses.replace(new, key=want_k))
     assert_rounded_once(q, want_q, case.query.dtype)
     assert_rounded_once(cache.k, k_pages, new.cache.dtype)
@@ -105,6 +125,8 @@ CASES = [
     dict(heads=4, kv_heads=2, d=112, rotary_dim=96, token_dtype=f32, dtype=f32, is_neox=False),
     dict(heads=70, kv_heads=7, d=256, dtype=f16, norm=False, rotary_dim=32, is_neox=False),
     dict(heads=1, kv_heads=1, d=64, weight_dtype=bf16, page_size=64, padding=0),
+    dict(heads=5, kv_heads=2, d=64, apart=True, turned=True),
+    dict(heads=3, kv_heads=3, d=80, apart=True, norm=False, rotary_dim=48, layout="HND"),
 ]
 
 
@@ -146,6 +168,38 @@ def test_without_norms_it_is_the_two_ops(is_neox, backend):
     )
     cache = ja.append_paged_kv_cache(k, new.value, *new.args[2:], backend=backend)
     assert same(run(*case.args, is_neox=is_neox, backend=backend), (q, cache))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shaped", [flat, lambda x: x])
+def test_three_arrays_are_one(shaped, backend):
+    """Bit for bit, with V's head_dim its own where there are three."""
+    one = make_case(norm=True)
+    new = one.append
+    how = dict(one.how, backend=backend)
+    three = tuple(shaped(x) for x in (one.query, new.key, new.value))
+    q, cache = run(three, *one.args[1:], **how)
+    want_q, want = run(*one.args, **how)
+    assert same((q, cache), (want_q, want))
+
+    narrow = (*three[:2], shaped(new.value[..., :48]))
+    k, v = new.cache.data
+    q, cache = run(narrow, *one.args[1:4], ja.PagedKVCache((k, v[..., :48])), one.args[5], **how)
+    assert same((q, cache.k, cache.v), (want_q, want.k, want.v[..., :48]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_the_table_a_token(backend):
+    """Rotations that are not of one position, as M-RoPE's, are a table of their own; slots stay where they are."""
+    case = make_case(norm=False)
+    rows = case.append.positions
+    gathered = dataclasses.replace(
+        case,
+        table=case.table[rows],
+        rope_positions=jnp.arange(rows.shape[0], dtype=jnp.int32),
+    )
+    got = run(*gathered.args, **gathered.how, backend=backend)
+    assert same(got, run(*case.args, **case.how, backend=backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -260,9 +314,27 @@ ARGS = ("qkv", "batch_indices", "positions", "cos_sin_cache", "paged_kv_cache", 
             dict(qkv=lambda x: x[:, 1:]),
         ),
         (ValueError, "num_qo_heads at least 1", dict(qkv=lambda x: x[:, : 4 * 64])),
+        (ValueError, r"\(q, k, v\); got 2 arrays", dict(qkv=lambda x: (x, x))),
+        (
+            ValueError,
+            r"k must have shape \[t, heads \* head_dim\].*heads=2, head_dim=64; got \[18, 256\]",
+            dict(qkv=lambda x: (x[:, :256], x[:, :256], x[:, :128])),
+        ),
+        (
+            ValueError,
+            "q must have shape",
+            dict(qkv=lambda x: (x[:, :0], x[:, :128], x[:, :128])),
+        ),
+        (
+            TypeError,
+            "q and k and v must have the same dtype",
+            dict(qkv=lambda x: (x[:, :256].astype(f32), x[:, :128], x[:, :128])),
+        ),
         (TypeError, "qkv must be one of", dict(qkv=lambda x: x.astype(jnp.int32))),
         (TypeError, "batch_indices must be int32", dict(batch_indices=lambda x: x.astype(f32))),
         (ValueError, "positions must have shape", dict(positions=lambda x: x[:-1])),
+        (ValueError, "rope_positions must have shape", dict(rope_positions=lambda x: x[:-1])),
+        (TypeError, "rope_positions must be int32", dict(rope_positions=lambda x: x.astype(f32))),
         (ValueError, "cos_sin_cache must be float32", dict(cos_sin_cache=lambda x: x.astype(bf16))),
         (ValueError, "rotary_dim must be even", dict(cos_sin_cache=lambda x: x[:, :3])),
         (
@@ -287,6 +359,7 @@ ARGS = ("qkv", "batch_indices", "positions", "cos_sin_cache", "paged_kv_cache", 
 def test_errors(error, message, change):
     case = make_case()
     args = dict(zip(ARGS, case.args, strict=True)) | case.weights
+    args["rope_positions"] = case.append.positions
     args |= {name: new(args[name]) for name, new in change.items()}
     with pytest.raises(error, match=message):
         ja.rope_append_paged_kv_cache(**args)

@@ -8,7 +8,7 @@ written to the pages of a KV cache, in place.
 in float32, rounded once: q to its own dtype, k and v to the cache's. `_page_slots` says where a
 token goes; of a token without a slot, only the queries are computed.
 
-Axes: t tokens, h query heads, kh KV heads, d head dim, r = rotary_dim / 2 pairs, b requests.
+Axes: t tokens, h query heads, kh KV heads, d head dim, dv that of V, r = rotary_dim / 2 pairs, b requests.
 Grid: (t / block_tokens * head_blocks): a program takes a block of the query heads and a block of the
 KV heads of a few tokens.
 """
@@ -29,16 +29,17 @@ from jaxattn.kv_cache import PagedKVCache, PageTable
 
 
 def _rope_append_kernel(
-    qkv_ref,  # [t * (h + 2 * kh), d]: the heads of q, of k, of v
+    qkv_refs,  # [t * (h + 2 * kh), d]: a token's heads of q, of k, of v; or q [t * h, d], k and v [t * kh, d] apart
     batch_ref,  # int32 [t]
     positions_ref,  # int32 [t]
+    rope_positions_ref,  # int32 [t], rows of the table; None: positions_ref's
     table_ref,  # float32 [max_position, 2 * r], cosines, then sines
     indptr_ref,  # int32 [b + 1]
     indices_ref,  # int32 [capacity]
     weight_refs,  # q's and k's norm weights [1, d]; or none
     cache_refs,  # the memory of written_refs
     q_ref,  # [t * h, d]
-    written_refs,  # the cache's one or two arrays [num_rows, d]
+    written_refs,  # the cache's arrays: K's [num_rows, d] and V's [num_rows, dv], or the one that holds both
     *,
     rotary: Rotary,
     slots: PageSlots,
@@ -58,13 +59,21 @@ def _rope_append_kernel(
     # Loads start in this order, and the first use of one waits for it and holds up those behind:
     # first what waits for nothing, then what waits for the position and for the request.
     position, batch = load(positions_ref, token, exist), load(batch_ref, token, exist)
-    first = token * (num_heads + 2 * num_kv_heads)
-    rows = q_heads.rows(first, exist), kv_heads.rows(first + num_heads, exist)
-    q, k = ([own.load(qkv_ref, run) for run in rotary.columns] for own in rows)
-    v = kv_heads.rows(first + num_heads + num_kv_heads, exist).load(qkv_ref, range(d))
+    row = position if rope_positions_ref is None else load(rope_positions_ref, token, exist)
+    if len(qkv_refs) == 1:
+        q_in = k_in = v_in = qkv_refs[0]
+        first = token * (num_heads + 2 * num_kv_heads)
+        first_k, first_v = first + num_heads, first + num_heads + num_kv_heads
+    else:
+        q_in, k_in, v_in = qkv_refs
+        first, first_k = token * num_heads, token * num_kv_heads
+        first_v = first_k
+    q = [q_heads.rows(first, exist).load(q_in, run) for run in rotary.columns]
+    k = [kv_heads.rows(first_k, exist).load(k_in, run) for run in rotary.columns]
+    v = kv_heads.rows(first_v, exist).load(v_in, range(v_in.shape[1]))
     weight_row = Rows(jnp.zeros((1,) * (v.ndim - 1), jnp.int32))
     weights = [[weight_row.load(ref, run) for run in rotary.columns] for ref in weight_refs]
-    cos, sin = rotary.load_row(table_ref, position)
+    cos, sin = rotary.load_row(table_ref, row)
     slot_row, has_slot = slots.rows(indptr_ref, indices_ref, batch, position, exist)
 
     if weights:
@@ -75,7 +84,7 @@ def _rope_append_kernel(
     for ref, to, x in ((q_ref, to_q, q), (k_ref, to_k, k)):
         for run, y in zip(rotary.columns, rotary.turn(x, cos, sin)):
             to.store(ref, run, y)
-    to_v.store(v_ref, range(d), v)
+    to_v.store(v_ref, range(v_ref.shape[1]), v)
 
 
 def _norm(
@@ -89,9 +98,10 @@ def _norm(
 
 
 def rope_append(
-    qkv: jax.Array,
+    qkv: tuple[jax.Array, ...],
     batch_indices: jax.Array,
     positions: jax.Array,
+    rope_positions: jax.Array | None,
     cos_sin_cache: jax.Array,
     norm_weights: tuple[jax.Array, jax.Array] | None,
     cache: PagedKVCache,
@@ -101,13 +111,17 @@ def rope_append(
     eps: float,
     interpret: bool,
 ) -> tuple[jax.Array, PagedKVCache]:
-    """qkv [t, (h + 2 * kh) * d], norm_weights of q and of k [d] -> (q [t, h, d], the cache)."""
-    t, width = qkv.shape
-    d, num_kv_heads = cache.head_dim, cache.num_kv_heads
-    num_heads = width // d - 2 * num_kv_heads
+    """The heads of q, k and v -> (q [t, h, d], the cache).
+
+    qkv: one array [t, h + 2 * kh, d], or q [t, h, d], k [t, kh, d] and v [t, kh, dv]. norm_weights: of q and of k, [d].
+    """
+    t, num_heads, d = qkv[0].shape
+    num_kv_heads = cache.num_kv_heads
+    if len(qkv) == 1:
+        num_heads -= 2 * num_kv_heads
     config = default_config(t, (num_heads, num_kv_heads, num_kv_heads), d)
     weights = [weight.reshape(1, d) for weight in norm_weights or ()]
-    rows = [x.reshape(-1, d) for x in cache.arrays]
+    rows = [x.reshape(-1, x.shape[-1]) for x in cache.arrays]
     out = launch(
         functools.partial(
             _rope_append_kernel,
@@ -120,16 +134,17 @@ def rope_append(
             head_blocks=config.head_blocks,
         ),
         dict(
-            qkv_ref=qkv.reshape(-1, d),
+            qkv_refs=[x.reshape(-1, x.shape[-1]) for x in qkv],
             batch_ref=batch_indices,
             positions_ref=positions,
+            rope_positions_ref=rope_positions,
             table_ref=cos_sin_cache,
             indptr_ref=table.indptr,
             indices_ref=table.indices,
             weight_refs=weights,
             cache_refs=rows,
         ),
-        dict(q_ref=Out((t * num_heads, d), qkv.dtype), written_refs=like(rows)),
+        dict(q_ref=Out((t * num_heads, d), qkv[0].dtype), written_refs=like(rows)),
         name="jaxattn_rope_append_paged_kv_cache",
         grid=(pl.cdiv(t, config.block_tokens) * config.head_blocks,),
         num_warps=config.num_warps,

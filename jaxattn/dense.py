@@ -1,0 +1,242 @@
+"""`dot_product_attention` over dense caches [B, S, K, H], with the signature and the meaning of `jax.nn`'s.
+
+A dense cache is a pool of B pages of S tokens, and of B * S pages of one: nothing is copied. Without a mask, a request
+is one page. With one, its pages are the tokens that some query sees, in order, so that the others are not read:
+
+    T = 1                what is seen is all there is to say: plain decode
+    a mask of keys       a query sees a run of these tokens: those of its causal mask and its window, counted among them
+    a mask of queries    a bit for each of its queries and these tokens
+
+Axes: B requests, T queries, S keys, N query heads, K KV heads, H head dim.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxattn.attention import paged_decode, paged_prefill
+from jaxattn.checks import check_array, check_index, check_same_dtype, check_shape
+from jaxattn.device import num_sms
+from jaxattn.kv_cache import PagedKVCache
+from jaxattn.operands import MaskBits
+from jaxattn.padded import of_runs, row_indptr, run_indptr
+from jaxattn.plan import AttentionPlan, Splits, decode_plan, prefill_plan
+from jaxattn.spec import AttentionSpec, Visible
+from jaxattn.work_list import Keys
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: None = None,
+    mask: Array | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: None = None,
+    return_residual: bool = False,
+    logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
+    backend: str | None = None,
+) -> Any:
+    """`jax.nn.dot_product_attention` for dense KV caches: split-K decode at T = 1, FlashAttention-2 above.
+
+    Query i stands at position i of the keys, as in `jax.nn`: the causal mask and the window are aligned at the top
+    left. A decode step over a cache says by `key_value_seq_lengths` or by `mask` which keys there are; with
+    `is_causal` its one query would see the first key alone. A key that no query sees (padding, a free slot of the
+    cache) may hold anything, NaN included. A query that sees no key gives 0; `jax.nn` gives the
+    mean of all values there.
+
+    Args:
+      query: [B, T, N, H]; float16, bfloat16 or float32. Or [T, N, H], with key and value [S, K, H].
+      key, value: [B, S, K, H], query's dtype; N a multiple of K. V may have a head dim of its own.
+      bias: None. Additive biases are not served; see `alibi_slopes` and `score_mod` of `paged_decode`.
+      mask: bool, what takes part: [B, 1, T, S], in which B, T and S may be 1; [B, 1, 1, S] is a mask of keys. The same
+        for all heads.
+      scale: softmax scale, a positive float; default 1 / sqrt(H).
+      is_causal: query i sees no key behind i.
+      query_seq_lengths: int32 [B]; queries from there on give 0.
+      key_value_seq_lengths: int32 [B]; keys from there on are not there.
+      local_window_size: (left, right), keys that a query sees before and behind its own position; one integer: both.
+      implementation: None. `jax.nn`'s are not ours; `backend` picks here.
+      return_residual: also return the logsumexp of the logits.
+      logits_soft_cap: as `paged_decode`'s: `cap * tanh(x / cap)`.
+      sinks: float32 [N], as `paged_decode`'s.
+      backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
+
+    Returns:
+      [B, T, N, value's H], query's dtype; with return_residual, (that, logsumexp [B, T, N] in key's dtype, -inf without
+      keys).
+
+    Raises:
+      ValueError: shapes that do not fit; a bias, an implementation, a mask that differs between heads.
+      TypeError: unsupported or different dtypes; a mask that is not bool.
+    """
+    _refuse(bias, implementation)
+    q, k, v = (_batched(*named) for named in (("query", query), ("key", key), ("value", value)))
+    b, t, n, h = q.shape
+    check_shape("key", k, (b, "S", "K", h))
+    check_shape("value", v, (*k.shape[:3], "head_dim of value"))
+    check_same_dtype(query=q, key=k, value=v)
+    s, heads = k.shape[1:3]
+    visible = _visible(is_causal, local_window_size)
+    lengths = dict(query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
+    for name, x in lengths.items():
+        if x is not None:
+            check_index(name, x, b)
+    mask = _checked_mask(mask, (b, n, t, s))
+    if not (b and s):
+        raise ValueError(f"key must hold at least one request and one key; got {list(k.shape)}")
+
+    spec = AttentionSpec(n, heads, visible)
+    plan = _plan((b, t, s), spec, query_seq_lengths, key_value_seq_lengths, mask)
+    pages = (b * s // plan.page_size, plan.page_size, heads)
+    pool = PagedKVCache((k.reshape(*pages, h), v.reshape(*pages, v.shape[-1])))
+    attend: Callable[..., Any] = paged_decode if plan.is_decode else paged_prefill
+    o, lse = attend(
+        q.reshape(b * t, n, h),
+        pool,
+        plan,
+        sm_scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        return_lse=True,
+        backend=backend,
+    )
+    o = o.reshape(*query.shape[:-1], v.shape[-1])
+    return (o, lse.reshape(query.shape[:-1]).astype(k.dtype)) if return_residual else o
+
+
+def _plan(
+    sizes: tuple[int, int, int],
+    spec: AttentionSpec,
+    query_len: Array | None,
+    key_len: Array | None,
+    mask: Array | None,
+) -> AttentionPlan:
+    """The plan for B requests of T queries on S keys; a mask is bool [B or 1, T or 1, S]."""
+    b, t, s = sizes
+    visible, everything = spec.visible, AttentionSpec(spec.num_qo_heads, spec.num_kv_heads)
+    row = jnp.arange(b, dtype=jnp.int32)
+    end = jnp.full(b, s, jnp.int32) if key_len is None else jnp.clip(jnp.asarray(key_len), 0, s)
+    length = jnp.full(b, t, jnp.int32)
+    if query_len is not None:
+        length = jnp.clip(jnp.asarray(query_len), 0, t)
+    # No query sees a key behind what the last one does.
+    end = jnp.where(length > 0, visible.end(length - 1, end), 0)
+    if mask is None and t == 1:
+        return decode_plan(Keys(row, row, end, end, s, b), everything, Splits(), num_sms())
+    prefill = functools.partial(
+        prefill_plan, num_qo_tokens=b * t, splits=Splits(), num_sms=num_sms()
+    )
+    rows = row_indptr(b, t)
+    if mask is None:
+        if query_len is None:
+            return prefill(rows, Keys(row, row, length, end, s, b), spec=spec)
+        keys = Keys(row, jnp.repeat(row, 2), of_runs(length), of_runs(end), s, b)
+        return prefill(run_indptr(jnp.zeros_like(length), length, t), keys, spec=spec)
+
+    # Without the mask, query i would see the keys first .. last - 1, [B, T].
+    i = jnp.arange(t, dtype=jnp.int32)[None, :]
+    last = jnp.where(i < length[:, None], visible.end(i, end[:, None]), 0)
+    first = jnp.minimum(visible.begin(i), last)
+    if mask.shape[1] == 1 and t > 1:
+        j = jnp.arange(s, dtype=jnp.int32)[None, :]
+        keys, before = _seen_keys(mask[:, 0] & (j < end[:, None]))
+        limits = [jnp.take_along_axis(before, x, axis=1) for x in (first, last)]
+        return prefill(rows, keys, spec=everything, limits=jnp.stack(limits, 2).reshape(b * t, 2))
+    j = jnp.arange(s, dtype=jnp.int32)[None, None, :]
+    mask = mask & (first[..., None] <= j) & (j < last[..., None])
+    keys, _ = _seen_keys(mask.any(axis=1))
+    if t == 1:
+        return decode_plan(keys, everything, Splits(), num_sms())
+    assert keys.page_indices is not None
+    token = keys.page_indices.reshape(b, 1, s) - row[:, None, None] * s
+    bits = jnp.take_along_axis(mask, token, axis=2).reshape(b, t * s)
+    bits = jnp.packbits(bits, axis=1, bitorder="little")
+    packed = MaskBits(bits.reshape(-1), row_indptr(b, bits.shape[1]))
+    # A query has a bit for each of S keys, of which there may be fewer.
+    keys = dataclasses.replace(keys, kv_len=jnp.full_like(end, s))
+    return prefill(rows, keys, spec=everything, mask=packed)
+
+
+def _seen_keys(seen: Array) -> tuple[Keys, Array]:
+    """The keys that bool [B, S] admits, on pages of one token, and how many lie before each: int32 [B, S + 1]."""
+    b, s = seen.shape
+    before = jnp.pad(jnp.cumsum(seen, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    row = jnp.arange(b, dtype=jnp.int32)
+    first = row * s
+    page = first[:, None] + jnp.arange(s, dtype=jnp.int32)[None, :]
+    # Entries behind a request's keys are of no meaning, but pages of the cache.
+    pages = jnp.broadcast_to(first[:, None], (b, s))
+    at = row[:, None], jnp.where(seen, before[:, :-1], s)
+    pages = pages.at[at].set(page, mode="drop", unique_indices=True)
+    count = before[:, -1]
+    return Keys(pages.reshape(-1), first, count, count, 1, b * s), before
+
+
+def _refuse(bias: Any, implementation: Any) -> None:
+    if bias is not None:
+        raise ValueError(
+            "bias is not served: ALiBi and other functions of the positions are alibi_slopes and score_mod of "
+            "paged_decode and paged_prefill; for any other bias use jax.nn.dot_product_attention"
+        )
+    if implementation is not None:
+        raise ValueError(
+            f"implementation={implementation!r} is one of jax.nn.dot_product_attention's: call that, or leave it out "
+            "here, where backend picks"
+        )
+
+
+def _batched(name: str, x: Array) -> Array:
+    """x with its axis of requests."""
+    check_array(name, x)
+    if x.ndim not in (3, 4):
+        raise ValueError(
+            f"{name} must have shape [B, tokens, heads, H] or [tokens, heads, H]; got {list(x.shape)}"
+        )
+    return x[None] if x.ndim == 3 else x
+
+
+def _visible(is_causal: bool, window: int | tuple[int, int] | None) -> Visible:
+    if window is None:
+        return Visible.of(is_causal)
+    sizes = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    if len(sizes) != 2 or not all(hasattr(x, "__index__") and x >= 0 for x in sizes):
+        raise ValueError(
+            "local_window_size must be an integer or (left, right), at least 0 and known when the function is traced, "
+            f"or None; got {window}"
+        )
+    left, right = sizes
+    return Visible.of(is_causal, left, None if is_causal else right)
+
+
+def _checked_mask(mask: Array | None, sizes: tuple[int, int, int, int]) -> Array | None:
+    """bool [B or 1, T or 1, S]."""
+    if mask is None:
+        return None
+    check_array("mask", mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be bool, what takes part; got {mask.dtype}: use mask.astype(bool), or, of an additive mask, "
+            "mask >= 0"
+        )
+    mask = jnp.asarray(mask)
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    b, n, t, s = sizes
+    must = f"[B or 1, 1, T or 1, S or 1] with B={b}, T={t}, S={s}; got {list(mask.shape)}"
+    if mask.ndim != 4 or any(got not in (1, want) for got, want in zip(mask.shape, sizes)):
+        raise ValueError(f"mask must have shape {must}")
+    if mask.shape[1] != 1:
+        raise ValueError(
+            f"mask must be the same for all heads, {must}: for a mask of each head use jax.nn.dot_product_attention"
+        )
+    return jnp.broadcast_to(mask[:, 0], (mask.shape[0], mask.shape[2], s))
