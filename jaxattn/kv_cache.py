@@ -449,16 +449,18 @@ def as_pool(paged_kv_cache: Any) -> tuple[PagedKVCache, Callable[[PagedKVCache],
             "paged_kv_cache must be a PagedKVCache or a tuple (k, v) of arrays [n, p, kh, d] or [b, w, p, kh, d]; "
             f"got {type(paged_kv_cache).__name__}"
         )
-    shapes = [jnp.shape(x) for x in cache.arrays]
-    by_batch = not cache.combined and all(len(shape) == 5 for shape in shapes)
+    by_batch = not cache.combined and all(jnp.ndim(x) == 5 for x in cache.arrays)
+    given = cache
     if by_batch:
         k, v = (x.reshape(-1, *x.shape[2:]) for x in cache.data)
-        cache = dataclasses.replace(cache, data=(k, v))
+        scales = cache.scales
+        if scales is not None and scales.per_token:
+            scales = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scales)
+        cache = PagedKVCache((k, v), cache.layout, scales)
 
     def back(cache: PagedKVCache) -> Any:
         if by_batch:
-            k, v = (x.reshape(shape) for x, shape in zip(cache.arrays, shapes))
-            cache = dataclasses.replace(cache, data=(k, v))
+            cache = jax.tree.map(lambda new, old: new.reshape(jnp.shape(old)), cache, given)
         return cache.data if is_tuple else cache
 
     return cache, back

@@ -43,13 +43,6 @@ class KeySource:
     def paged(self) -> bool:
         return self.num_pages is not None
 
-    def scale_row(self, row: jax.Array) -> jax.Array:
-        """Where a token's scales lie, from its row of K: they have pages of their own, also of a combined cache."""
-        if not self.strides.value:
-            return row
-        page, rest = divmod_by(row, self.strides.page)
-        return page * self.strides.value + rest
-
 
 class KeyTile(NamedTuple):
     """The keys and values of consecutive tokens, as they are stored."""
@@ -111,7 +104,7 @@ class Keys:
         v = _load_rows(self.v_ref, rows + strides.value, exist[:, None])
         k_scale = v_scale = None
         if self.scale_refs is not None and self.source.scales_per_token:
-            at = self.source.scale_row(rows)
+            at = scale_row(rows, strides)
             k_scale, v_scale = (
                 plgpu.load(ref.at[at], mask=exist, other=1.0)
                 for ref in (self.scale_refs.k, self.scale_refs.v)
@@ -157,6 +150,14 @@ class Keys:
             page, slot = divmod_by(offset, page_size)
             return divmod_by(position, page_size)[0] + page, slot
         return divmod_by(position + offset, page_size)
+
+
+def scale_row(row: jax.Array, strides: RowStrides) -> jax.Array:
+    """Where a token's scales lie, from its row of K: they have pages of their own, also where K and V share theirs."""
+    if not strides.value:
+        return row
+    page, rest = divmod_by(row, strides.page)
+    return page * strides.value + rest
 
 
 def divmod_by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
