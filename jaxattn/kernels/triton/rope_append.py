@@ -80,9 +80,9 @@ def _rope_append_kernel(
     if weights:
         q, k = (_norm(x, weight, d, eps) for x, weight in zip((q, k), weights))
     to_q = q_heads.rows(token * num_heads, exist)
+    to = kv_heads.rows(slot_row, has_slot, slots.strides.head)
     for run, y in zip(rotary.columns, rotary.turn(q, cos, sin)):
         to_q.store(q_ref, run, y)
-    to = kv_heads.rows(slot_row, has_slot, slots.strides.head)
     pages.store_k(to, kv_heads.index, list(zip(rotary.columns, rotary.turn(k, cos, sin))))
     pages.store_v(to, kv_heads.index, [(range(v_in.shape[1]), v)])
 
