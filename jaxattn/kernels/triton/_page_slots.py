@@ -97,7 +97,7 @@ class Pages:
         elif self.scale_refs is not None:
             scale_ref = self.scale_refs[which]
             last = scale_ref.shape[0] - 1
-            given = load(scale_ref, jnp.minimum(head, last) if last else 0, None)
+            given = load(scale_ref, jnp.minimum(head, last), None) if last else scale_ref[0]
             scale = jnp.broadcast_to(given, rows.index.shape)
         for columns, x in runs:
             rows.store(
