@@ -528,10 +528,11 @@ def test_gradients_of_queries_are_the_references():
     paged = with_scales(make_paged([20], page_size=16, dtype=E4M3, head_dim=64), "token")
     plan = ja.plan_decode(paged.table, num_qo_heads=4, num_kv_heads=2)
     q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 64), np.float32))
-    ours, want = (
-        jax.grad(lambda q: (ja.paged_decode(q, paged.cache, plan, backend=b) ** 2).sum())(q)
-        for b in BACKENDS
-    )
+
+    def loss(q, backend):
+        return (ja.paged_decode(q, paged.cache, plan, backend=backend) ** 2).sum()
+
+    ours, want = (jax.grad(loss)(q, backend) for backend in BACKENDS)
     assert np.abs(np.asarray(want)).max() > 0
     np.testing.assert_allclose(np.asarray(ours), np.asarray(want), rtol=1e-3, atol=1e-4)
 
