@@ -30,6 +30,21 @@ FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 MIN_SCALE = 2.0**-64
 
 
+def fp8_dtype(name: DTypeLike) -> jnp.dtype:
+    """The float8 dtype of a cache that is asked for; "fp8" is float8_e4m3fn, which has one bit more than e5m2.
+
+    Raises:
+      ValueError: another one.
+    """
+    try:
+        dtype = jnp.dtype("float8_e4m3fn" if isinstance(name, str) and name == "fp8" else name)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in FP8_DTYPES:
+        raise ValueError(f"kv_dtype must be 'fp8' or one of {', '.join(FP8_DTYPES)}; got {name!r}")
+    return dtype
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVScales:
