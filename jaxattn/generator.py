@@ -59,8 +59,8 @@ class Generator:
 
         2 * num_layers * num_pages * page_size * num_kv_heads * head_dim * bytes of a number
 
-    of device memory beside the weights; with kv_dtype, 1 byte a number and 4 more for each head_dim of them. A call that
-    needs more pages than there are replaces the cache, and one that fails frees it; neither ever holds two. With
+    of device memory beside the weights; with kv_dtype, 1 byte a number and 4 more for each head_dim of them. A call
+    that needs more pages than there are replaces the cache, and one that fails frees it; neither ever holds two. With
     `num_pages` and `max_context` given, nothing grows.
 
     Compiled programs are kept by the process, the 32 used last, for every Generator of a like model. Calls share one if
