@@ -73,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="these of a field instead of all",
     )
     parser.add_argument(
+        "--spill", type=int, default=0, metavar="BYTES", help="that a configuration may have (0)"
+    )
+    parser.add_argument(
         "--target", choices=sorted(set(TARGETS.values())), help="default: the GPU at hand"
     )
     parser.add_argument(
@@ -92,7 +95,8 @@ def main(options: argparse.Namespace) -> int:
     }
     for case in cases.select(smoke=options.smoke, ops=[options.op], names=names):
         print(f"\n{case.id}, {jax.devices()[0].device_kind}, target {target}\n")
-        print(tune(case, target, static=options.static, values=values), flush=True)
+        how: dict[str, Any] = dict(static=options.static, values=values, spill=options.spill)
+        print(tune(case, target, **how), flush=True)
     return 0
 
 
@@ -102,11 +106,15 @@ def tune(
     *,
     static: bool = False,
     values: Mapping[str, tuple[Any, ...]] | None = None,
+    spill: int = 0,
 ) -> str:
-    """A Markdown table of the configurations, the fastest first; values: of some fields, in place of all."""
+    """A Markdown table of the configurations, the fastest first.
+
+    values: of some fields, in place of all; spill: bytes that are no fault.
+    """
     configs = [{}, *candidates(case.op, values)]  # {}: the default
     with _overridable(SPACES[case.op][0]), ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda config: _compile(case, config, target), configs))
+        compiled = list(pool.map(lambda config: _compile(case, config, target, spill), configs))
         times: dict[int, float] = {}
         if not static:
             sound = {i: configs[i] for i, (_, fault) in enumerate(compiled) if not fault}
@@ -168,7 +176,9 @@ def _with(config: Config, function: Callable[[], Any]) -> Any:
         _override.reset(token)
 
 
-def _compile(case: Case, config: Config, target: str | None) -> tuple[list[KernelReport], str]:
+def _compile(
+    case: Case, config: Config, target: str | None, spill: int
+) -> tuple[list[KernelReport], str]:
     """Reports of the kernels for a described GPU, and what is wrong with them; without a target, nothing."""
     if target is None:
         return [], ""
@@ -181,7 +191,8 @@ def _compile(case: Case, config: Config, target: str | None) -> tuple[list[Kerne
         reports = _with(config, lambda: compile_for(target, op, structs))
     except Exception as error:
         return [], f"does not compile: {error}".splitlines()[0][:80]
-    return reports, "; ".join(fault for report in reports for fault in report.spills)[:80]
+    much = [x for x in reports if x.spill_stores + x.spill_loads > spill]
+    return reports, "; ".join(fault for report in much for fault in report.spills)[:80]
 
 
 def _times(

@@ -503,6 +503,12 @@ def test_tune_sweeps_fields_that_exist(op):
     assert len(tune.candidates(op)) == np.prod([len(values) for values in space.values()])
 
 
+def test_tune_takes_some_values():
+    some = tune.candidates("decode", dict(num_warps=(2,), block_rows=(64,)))
+    assert {(x["num_warps"], x["block_rows"]) for x in some} == {(2, 64)}
+    assert len(some) == len(tune.candidates("decode")) // 3
+
+
 def test_tune_refuses_what_has_no_tiles():
     with pytest.raises(ValueError, match="plan_decode has no tiles to tune; ops must be among"):
         tune.tune(next(c for c in SMOKE if c.op == "plan_decode"), None)

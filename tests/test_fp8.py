@@ -13,6 +13,7 @@ from test_variants import LENS, QO_LENS, check
 from variants import Variant, pairwise
 
 import jaxattn as ja
+from jaxattn import device
 from jaxattn.kv_scales import MIN_SCALE
 
 BACKENDS = ["interpret", "xla"]
@@ -535,6 +536,19 @@ def test_gradients_of_queries_are_the_references():
     ours, want = (jax.grad(loss)(q, backend) for backend in BACKENDS)
     assert np.abs(np.asarray(want)).max() > 0
     np.testing.assert_allclose(np.asarray(ours), np.asarray(want), rtol=1e-3, atol=1e-4)
+
+
+def test_a_gpu_that_cannot_convert_e4m3_is_named(monkeypatch):
+    class Old:
+        platform, compute_capability, device_kind = "gpu", "8.0", "NVIDIA A100"
+
+    monkeypatch.setattr(device, "_target", Old)
+    device.check_fp8(jnp.dtype(E5M2))
+    device.check_fp8(jnp.dtype(bf16))
+    with pytest.raises(NotImplementedError, match="8.9 .*; NVIDIA A100 has 8.0: use float8_e5m2"):
+        device.check_fp8(jnp.dtype(E4M3))
+    Old.compute_capability = "8.9"
+    device.check_fp8(jnp.dtype(E4M3))
 
 
 def zeros(**how):

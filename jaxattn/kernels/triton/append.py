@@ -12,6 +12,7 @@ import functools
 import jax
 from jax.experimental import pallas as pl
 
+from jaxattn.device import check_fp8
 from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import launch, like
 from jaxattn.kernels.triton._page_slots import Pages, PageSlots, given_scales, rows_of, with_rows
@@ -75,6 +76,7 @@ def append(
 ) -> PagedKVCache:
     """The cache with key [t, kh, d] and value [t, kh, dv] written to it; its arrays are aliased."""
     t, num_heads, d = key.shape
+    check_fp8(cache.dtype)
     config = default_config(d)
     rows = rows_of(cache)
     written = launch(

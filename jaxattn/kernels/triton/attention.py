@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn.device import has_wgmma
+from jaxattn.device import check_fp8, has_wgmma
 from jaxattn.kernels.triton._float16 import in_float16, paired
 from jaxattn.kernels.triton._keys import Keys, KeySource, divmod_by, load_rows
 from jaxattn.kernels.triton._launch import Out, launch
@@ -323,6 +323,7 @@ def _attention(
     dv = v_rows.shape[1]
     wgmma = has_wgmma()
     fp8 = k_rows.dtype.name in FP8_DTYPES
+    check_fp8(k_rows.dtype)
     # Every float8 number is one of float16.
     dtype = jnp.dtype(jnp.float16) if fp8 and q.dtype != jnp.float32 else q.dtype
     config = default_config(

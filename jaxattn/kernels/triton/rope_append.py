@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jaxattn.device import check_fp8
 from jaxattn.kernels.triton._heads import Heads, Rotary, default_config
 from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import Out, launch, like
@@ -116,6 +117,7 @@ def rope_append(
     qkv: one array [t, h + 2 * kh, d], or q [t, h, d], k [t, kh, d] and v [t, kh, dv]. norm_weights: of q and of k, [d].
     """
     t, num_heads, d = qkv[0].shape
+    check_fp8(cache.dtype)
     num_kv_heads = cache.num_kv_heads
     if len(qkv) == 1:
         num_heads -= 2 * num_kv_heads

@@ -83,6 +83,16 @@ TABLE = (
     Row(lambda s: s.few and s.head_dim <= 64, ALL, 128, 4, 3, "as many bytes as 64 keys of 128"),
     Row(lambda s: s.few and s.group == 1, ALL, 32, 2, 4, "one row: scores are cheap, tiles short"),
     Row(lambda s: s.few, ALL, 64, 2, 4, "two warps do for 16 rows, and four programs run"),
+    # Many rows on keys of 8 bits: these go through registers, which four warps do not have beside their accumulators.
+    Row(
+        lambda s: s.fp8 and not s.mid and s.wgmma and 64 < s.head_dim <= 128,
+        ALL,
+        64,
+        8,
+        3,
+        "one program, but no spill",
+    ),
+    Row(lambda s: s.fp8 and s.wgmma and s.head_dim <= 64, ALL, 64, 4, 3, "128 keys would spill"),
     # Many rows.
     Row(lambda s: s.head_dim > 128 and s.paged, ALL, 64, 8, 3, "registers hold it with 8 warps"),
     Row(lambda s: s.head_dim > 128, ALL, 64, 8, 2, "no stage for page ids"),
