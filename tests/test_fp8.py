@@ -182,6 +182,50 @@ def test_scales_far_apart_within_a_head_gpu():
     far_apart(None)
 
 
+def long_tail(backend):
+    """One key outweighs each of the others by e^17 and has no value: what is left is theirs, below float16's normal
+    numbers."""
+    n, d = 1000, 64
+    k, v = np.zeros((n, 1, d), np.float32), np.ones((n, 1, d), np.float32)
+    k[0, 0, 0], v[0] = 17, 0
+    cache = ja.PagedKVCache(tuple(jnp.asarray(x)[None].astype(E4M3) for x in (k, v)))
+    q = jnp.zeros((1, 1, d), bf16).at[0, 0, 0].set(1)
+    table = ja.PageTable(i32(0, 1), i32(0), i32(n), n)
+    plan = ja.plan_decode(table, num_qo_heads=1, num_kv_heads=1, disable_split_kv=True)
+    stored = float(np.asarray(cache.k[0, 0, 0, 0]).astype(np.float32))
+    o = ja.paged_decode(q, cache, plan, sm_scale=1.0, out_dtype=f32, backend=backend)
+    rest = (n - 1) * np.exp(-stored)
+    np.testing.assert_allclose(np.asarray(o[0, 0]), rest / (1 + rest), rtol=2e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_weights_are_not_lost(backend):
+    long_tail(backend)
+
+
+@pytest.mark.gpu
+def test_small_weights_are_not_lost_gpu():
+    long_tail(None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_of_zero_is_a_vector_of_zeros(backend):
+    """As others write it: no append does."""
+    paged = with_scales(make_paged([20], page_size=4, num_kv_heads=1, dtype=E4M3), "token")
+    page = int(paged.table.indices[2])
+    scales = paged.cache.scales
+    zero = ja.KVScales(scales.k.at[page, 1].set(0), scales.v.at[page, 1].set(0))
+    data = [x.at[page, 1].set(0) for x in paged.cache.data]
+    plan = ja.plan_decode(paged.table, num_qo_heads=2, num_kv_heads=1, num_sms=2)
+    q = jnp.ones((1, 2, 64), bf16)
+    o, want = (
+        ja.paged_decode(q, ja.PagedKVCache(tuple(data), "NHD", s), plan, backend=backend)
+        for s in (zero, scales)
+    )
+    assert np.isfinite(np.asarray(o, np.float32)).all()
+    np.testing.assert_allclose(np.asarray(o, np.float32), np.asarray(want, np.float32), rtol=1e-2)
+
+
 def extremes(backend):
     """What float16 does not hold: queries from 1e-30 to 1e30 and rows of zeros, beside each other in one tile; NaN."""
     paged = make_paged([50, 30], page_size=16, num_kv_heads=1, head_dim=64, dtype=E5M2)

@@ -87,9 +87,8 @@ class OnlineSoftmax:
         if self.interpret and self.row_scale is not None:
             s = s * self.row_scale.reshape(-1, 1)
         if v_scale is not None:
-            v_scale = jnp.maximum(
-                v_scale, MIN_SCALE
-            )  # no append writes less, but others may write 0
+            # No append writes less, but others may write 0 for a vector of zeros.
+            v_scale = jnp.maximum(v_scale, MIN_SCALE)
             s = s + (jnp.log2(v_scale) * (1 / (self.scale * LOG2E)))[None, :]
         top = jnp.max(s, axis=1) * self._units
         m = jnp.maximum(state.m, top - self.headroom * self.binade if self.headroom else top)
