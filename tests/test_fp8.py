@@ -78,11 +78,11 @@ def test_options_combine_gpu(case):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scales", [None, "head", "token"])
-@pytest.mark.parametrize("op", ["decode", "prefill"])
-def test_attention(op, scales, backend):
+@pytest.mark.parametrize("op,layout", [("decode", "NHD"), ("prefill", "HND combined")])
+def test_attention(op, layout, scales, backend):
     check(
         Variant(causal=op == "prefill"), QO_LENS, LENS, backend=backend, op=op, scales=scales,
-        kv_dtype=E4M3, dtype=bf16, num_sms=24, group=4,
+        layout=layout, kv_dtype=E4M3, dtype=bf16, num_sms=24, group=4,
     )  # fmt: skip
 
 
