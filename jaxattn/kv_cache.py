@@ -175,8 +175,8 @@ class PagedKVCache:
         """(k, v) [b, s, kh, d] of a cache whose pages are those of `from_dense`, by a reshape.
 
         Raises:
-          ValueError: layout "HND", or one array for K and V, whose tokens do not lie side by side; pages that the
-            requests cannot share equally.
+          ValueError: layout "HND", or one array for K and V, whose tokens do not lie side by side; scales; pages that
+            the requests cannot share equally.
         """
         self.check()
         if self.layout != "NHD" or self.combined:
@@ -184,6 +184,8 @@ class PagedKVCache:
                 "to_dense needs layout 'NHD' and K and V in arrays of their own; got "
                 f"layout={self.layout!r}, combined={self.combined}"
             )
+        if self.scales is not None:
+            raise ValueError("to_dense must be of a cache without scales: a dense one has none")
         check_positive(batch_size=batch_size)
         if self.num_pages % batch_size:
             raise ValueError(
@@ -241,7 +243,7 @@ class PagedKVCache:
 
     @property
     def k(self) -> Array:
-        """K pages [n, p, kh, d] (NHD) or [n, kh, p, d] (HND)."""
+        """K pages [n, p, kh, d] (NHD) or [n, kh, p, d] (HND), as they are stored."""
         return self.data[0] if isinstance(self.data, tuple) else self.data[:, 0]
 
     @property

@@ -48,11 +48,11 @@ def fp8_dtype(name: DTypeLike) -> jnp.dtype:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVScales:
-    """What the numbers of a cache are multiplied by: float32, positive and finite, all three forms of a pytree.
+    """What the numbers of a cache are multiplied by: float32 arrays, positive and finite, in a pytree.
 
     Attributes:
       k, v: [] for all; [kh] for each KV head; or, both of them, pages [n, p, kh] (NHD) or [n, kh, p] (HND) for each
-        token and head, which are part of the cache and written by the append. A Python number is [].
+        token and head, which are part of the cache and written by the append.
     """
 
     k: Array
@@ -72,15 +72,16 @@ class KVScales:
     def check(self, page_shape: tuple[int, ...], num_kv_heads: int) -> None:
         """Raises ValueError or TypeError, with the reason, unless they fit pages of this shape, head_dim left out."""
         for name, x in (("k_scale", self.k), ("v_scale", self.v)):
-            if np.ndim(x) > 1 or self.per_token:
+            if not hasattr(x, "dtype") or x.dtype != jnp.float32:
+                came = getattr(x, "dtype", type(x).__name__)
+                raise TypeError(
+                    f"{name} must be a float32 array; got {came}: use KVScales.of(k_scale, v_scale)"
+                )
+            if x.ndim > 1 or self.per_token:
                 check_shape(name, x, page_shape)
-            elif np.ndim(x) == 1:
+            elif x.ndim == 1:
                 check_shape(name, x, (num_kv_heads,))
-            if not isinstance(x, int | float) and x.dtype != jnp.float32:
-                raise TypeError(f"{name} must be float32; got {x.dtype}: use KVScales.of")
-            if isinstance(x, int | float | np.ndarray) and not np.all(
-                (np.asarray(x) > 0) & np.isfinite(x)
-            ):
+            if isinstance(x, np.ndarray | np.generic) and not np.all((x > 0) & np.isfinite(x)):
                 raise ValueError(f"{name} must be positive and finite; got {x}")
 
 

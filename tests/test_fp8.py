@@ -618,12 +618,22 @@ def zeros(**how):
         (
             ValueError,
             "k_scale must be positive and finite",
-            lambda: zeros(dtype=E4M3, scales=ja.KVScales(-1.0, 1.0)),
+            lambda: zeros(dtype=E4M3, scales=ja.KVScales(*np.float32([-1, 1]))),
         ),
         (
             TypeError,
-            "k_scale must be float32",
-            lambda: zeros(dtype=E4M3, scales=ja.KVScales(jnp.ones((), bf16), 1.0)),
+            "k_scale must be a float32 array; got bfloat16: use KVScales.of",
+            lambda: zeros(dtype=E4M3, scales=ja.KVScales(jnp.ones((), bf16), jnp.ones(()))),
+        ),
+        (
+            TypeError,
+            "v_scale must be a float32 array; got float: use KVScales.of",
+            lambda: zeros(dtype=E4M3, scales=ja.KVScales(jnp.ones(()), 1.0)),
+        ),
+        (
+            ValueError,
+            "to_dense must be of a cache without scales",
+            lambda: zeros(dtype=E4M3, scales="token").to_dense(1),
         ),
         (TypeError, "must be one of .*float8_e5m2; got float8", lambda: zeros(dtype=jnp.float8_e4m3b11fnuz)),
         (

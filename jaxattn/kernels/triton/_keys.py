@@ -49,9 +49,8 @@ class KeyTile(NamedTuple):
 
     k: jax.Array  # [k, d]
     v: tuple[jax.Array, ...]  # [k, dv], or its even and its odd columns
-    k_scale: (
-        jax.Array | None
-    )  # float32 [k], what k and its scores are to be multiplied by; None: the same for all
+    # float32 [k], what they are to be multiplied by; None: all of a head by the same.
+    k_scale: jax.Array | None
     v_scale: jax.Array | None
 
 

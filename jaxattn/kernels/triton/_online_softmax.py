@@ -49,19 +49,17 @@ class OnlineSoftmax:
         logit: jax.Array | None = None,
         *,
         parts: int = 1,
-        values_have_scales: bool = False,
     ) -> State:
         """Before the first key; with a logit float32 [r], as if a key with that logit and value 0 had been seen.
 
-        parts: of the values, as in `update`.
-        values_have_scales: the updates will have a v_scale.
+        parts: that values come in, as in `update`.
         """
         acc = tuple(jnp.zeros((rows, head_dim // parts), jnp.float32) for _ in range(parts))
         l = jnp.zeros((rows, keys) if self.late_sum else (rows,), jnp.float32)
         if logit is None:
             return State(jnp.full((rows,), -jnp.inf, jnp.float32), l, acc)
-        # Where the maximum is that of weighted scales, a logit without a value must not set it.
-        below = -math.log2(MIN_SCALE) if values_have_scales else 0
+        # A logit without a value must not push the weights of values, which their scales are part of, out of float16.
+        below = -math.log2(MIN_SCALE) if self.headroom else 0
         one = jnp.where(logit == -jnp.inf, 0.0, 2.0**below)
         if self.late_sum:
             l = jnp.where((jnp.arange(keys, dtype=jnp.int32) == 0)[None, :], one[:, None], l)
@@ -81,8 +79,8 @@ class OnlineSoftmax:
 
         v: the values, or, of n parts, each n-th of their columns.
 
-        v_scale: float32 [k], what the values are to be multiplied by. The weights are, by their exponent, so that the
-        largest of them are no larger and no smaller than without; the sum of weights takes it out again.
+        v_scale: float32 [k], what the values are to be multiplied by. Its logarithm is added to the scores, so that the
+        largest weight is as large as without it, whatever the scales; the sum of weights takes it out again.
         """
         if self.interpret and self.row_scale is not None:
             s = s * self.row_scale.reshape(-1, 1)

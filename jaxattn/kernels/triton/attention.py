@@ -192,14 +192,8 @@ def _attention_kernel(
     if sinks_ref is not None:
         sink = jnp.where(item.split == 0, per_head(sinks_ref, -jnp.inf), -jnp.inf)
     dv = o_ref.shape[1]
-    state = softmax.init(
-        block_rows,
-        block_kv,
-        pow2(dv),
-        sink,
-        parts=1 if static.source.v_pairs is None else 2,
-        values_have_scales=static.source.scales_per_token,
-    )
+    v_parts = 1 if static.source.v_pairs is None else 2
+    state = softmax.init(block_rows, block_kv, pow2(dv), sink, parts=v_parts)
     num_tiles = (jnp.minimum(item.kv_end, kv_end) - item.kv_begin + block_kv - 1) // block_kv
     if bits is not None:
         num_tiles = (item.kv_end - item.kv_begin) // block_kv
