@@ -30,7 +30,15 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attention(Case):
+class Cached(Case):
+    """An op on a KV cache of `dtype`, or of `kv_dtype` with scales per "tensor", or per "token" and head."""
+
+    kv_dtype: str | None = None
+    kv_scales: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention(Cached):
     """op decode (one query token a request), decode_step (that in `num_layers` layers) or prefill.
 
     Query tokens are the last of their request's kv_len tokens; where not `causal`, each sees all of these. Of what it
@@ -58,8 +66,9 @@ class Attention(Case):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is plain softmax attention, all keys or causal."""
-        return self.window_left is None and not (self.soft_cap or self.sinks or self.tree)
+        """Whether it is plain softmax attention, all keys or causal, of one dtype."""
+        special = self.soft_cap or self.sinks or self.tree or self.kv_dtype
+        return self.window_left is None and not special
 
     @property
     def num_qo_tokens(self) -> int:
@@ -86,7 +95,7 @@ class Plan(Case):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Append(Case):
+class Append(Cached):
     """`new` tokens each of `batch` requests, the last of kv_len."""
 
     batch: int
@@ -122,7 +131,7 @@ class Rope(Case):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeAppend(Case):
+class RopeAppend(Cached):
     """From a layer's projection to its attention: q and k normed if qk_norm, rotated, k and v appended.
 
     `new` tokens each of `batch` requests, the last of kv_len.
@@ -185,10 +194,10 @@ def _prefill(
     )
 
 
-def _append(name: str, batch: int, new: int, page_size: int) -> Append:
-    return Append(
-        op="append", name=name, batch=batch, new=new, kv_len=max(new, 1024), page_size=page_size
-    )
+def _append(name: str, batch: int, new: int, page_size: int, **cache: Any) -> Append:
+    kv_len = max(new, 1024)
+    shape: dict[str, Any] = dict(batch=batch, new=new, kv_len=kv_len, page_size=page_size)
+    return Append(op="append", name=name, **shape, **cache)
 
 
 def _rope_append(name: str, batch: int, new: int, **shape: Any) -> RopeAppend:
@@ -243,6 +252,7 @@ def _full() -> list[Case]:
     cases.append(_decode("cap50_b32_4k", 32, 4096, 16, soft_cap=50.0))
     cases.append(_decode("b32_4k", 32, 4096, None))
 
+    cases.append(_decode("b128_2k", *lengths["b128_2k"], 64))
     for name in ("b1_8k", "b128_2k"):
         batch, kv_len = lengths[name]
         cases.append(Plan(op="plan_decode", name=name, kv_lens=(kv_len,) * batch, page_size=16))
@@ -353,6 +363,20 @@ def _full() -> list[Case]:
                 **model,
             )
         )
+
+    for prefix, cache in _FP8.items():
+        for page_size in (1, 16, 64):
+            cases += [
+                _decode(f"{prefix}_{name}", *lengths[name], page_size, **cache)
+                for name in ("b64_8k", "b128_2k", "b32_4k")
+            ]
+            cases.append(_append(f"{prefix}_b4_4k", *_APPENDS["b4_4k"], page_size, **cache))
+        for page_size in (1, 16):
+            cases += [
+                _prefill(f"{prefix}_{name}", *(prompts | appends)[name], page_size, **cache)
+                for name in ("b4_4k", "chunk_512_32k")
+            ]
+        cases.append(_rope_append(f"{prefix}_b4_4k", *_APPENDS["b4_4k"], **cache))
     return cases
 
 
@@ -363,6 +387,10 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "gpt_oss_local_no_sinks": dict(num_qo_heads=64, head_dim=64, window_left=127),
     "gemma3_27b_local": dict(num_kv_heads=16, window_left=1023),
     "gemma2_9b_global": dict(num_qo_heads=16, head_dim=256, soft_cap=50.0),
+}
+_FP8: dict[str, dict[str, Any]] = {
+    "fp8": dict(kv_dtype="float8_e4m3fn", kv_scales="tensor"),
+    "fp8_token": dict(kv_dtype="float8_e4m3fn", kv_scales="token"),
 }
 _APPENDS = {"b1_1": (1, 1), "b32_1": (32, 1), "b256_1": (256, 1), "b4_4k": (4, 4096)}
 
@@ -381,6 +409,10 @@ def _smoke() -> list[Case]:
         _decode("w8_b2_40", 2, 40, 16, **heads, window_left=8, soft_cap=5.0, sinks=True),
         _prefill("w8_b2_9_40", 2, 9, 40, 16, **heads, window_left=8, sinks=True),
         _prefill("tree_b2_5_40", 2, 5, 40, 16, **heads, causal=False, tree=True),
+        _decode("fp8_b2_40", 2, 40, 16, **heads, **_FP8["fp8"]),
+        _prefill("fp8_token_b2_9_40", 2, 9, 40, 16, **heads, **_FP8["fp8_token"]),
+        _append("fp8_token_b2_3", 2, 3, 16, **_FP8["fp8_token"]),
+        _rope_append("fp8_b2_3", 2, 3, **heads, **_FP8["fp8"]),
         Plan(op="plan_decode", name="ragged", kv_lens=(700, 1, 1500), page_size=16, **heads),
         _append("b2_3", 2, 3, 16),
         Merge(op="merge_states", name="3_states_5", states=3, tokens=5, num_qo_heads=4),

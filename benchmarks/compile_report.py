@@ -261,12 +261,16 @@ def _paged_kv(
     d: int,
     dtype: Any,
     dv: int | None = None,
+    scales: str | None = None,
 ):
     """A cache with just the pages that `batch` requests of `kv_len` tokens need, and its table."""
     pages = batch * -(-kv_len // page_size)
+    kv_scales = ja.KVScales.of(1.0, 1.0) if scales == "tensor" else scales
     return jax.eval_shape(
         lambda: (
-            ja.PagedKVCache.zeros(pages, page_size, num_kv_heads, d, dtype, head_dim_v=dv),
+            ja.PagedKVCache.zeros(
+                pages, page_size, num_kv_heads, d, dtype, head_dim_v=dv, scales=kv_scales
+            ),
             ja.PageTable(
                 jnp.zeros(batch + 1, jnp.int32),
                 jnp.zeros(pages, jnp.int32),
@@ -289,6 +293,8 @@ def _decode(
     page_size: int,
     dtype: Any = jnp.bfloat16,
     *,
+    kv: Any = None,
+    scales: str | None = None,
     dv: int | None = None,
     window: int | None = None,
     cap: float | None = None,
@@ -299,7 +305,7 @@ def _decode(
         plan = ja.plan_decode(table, num_qo_heads=heads, num_kv_heads=kv_heads, window_left=window)
         return ja.paged_decode(q, cache, plan, logits_soft_cap=cap, **operands)
 
-    cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, dtype, dv)
+    cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, kv or dtype, dv, scales)
     q = _struct(64, heads, d, dtype=dtype)
     return step, (q, cache, table, _operands(heads, sinks, alibi))
 
@@ -313,6 +319,8 @@ def _prefill(
     *,
     batch: int = 4,
     new: int = 4096,
+    kv: Any = None,
+    scales: str | None = None,
     dv: int | None = None,
     causal: bool | None = None,
     window: int | None = None,
@@ -338,7 +346,7 @@ def _prefill(
         )
         return ja.paged_prefill(q, cache, plan, logits_soft_cap=cap, **operands)
 
-    cache, table = _paged_kv(batch, 4096, page_size, kv_heads, d, dtype, dv)
+    cache, table = _paged_kv(batch, 4096, page_size, kv_heads, d, kv or dtype, dv, scales)
     bits = jax.eval_shape(
         lambda: ja.MaskBits(jnp.zeros(tokens * 512, jnp.uint8), jnp.zeros(batch + 1, jnp.int32))
     )
@@ -433,8 +441,11 @@ def _rope_append(
     norm: bool = False,
     apart: bool = False,
     dtype: Any = jnp.bfloat16,
+    *,
+    kv: Any = None,
+    scales: str | None = None,
 ):
-    cache, table = _paged_kv(64, 8192, 16, kv_heads, d, dtype)
+    cache, table = _paged_kv(64, 8192, 16, kv_heads, d, kv or dtype, None, scales)
     weights = {f"{x}_norm_weight": _struct(d, dtype=dtype) for x in ("q", "k") if norm}
 
     def step(qkv, batch_indices, positions, cos_sin_cache, cache, table, weights):
@@ -448,8 +459,16 @@ def _rope_append(
     return step, (qkv, _struct(4096), _struct(4096), cos_sin_cache, cache, table, weights)
 
 
-def _append(kv_heads: int, d: int, page_size: int, dtype: Any = jnp.bfloat16):
-    cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, dtype)
+def _append(
+    kv_heads: int,
+    d: int,
+    page_size: int,
+    dtype: Any = jnp.bfloat16,
+    *,
+    kv: Any = None,
+    scales: str | None = None,
+):
+    cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, kv or dtype, None, scales)
     kv = _struct(4096, kv_heads, d, dtype=dtype)
     return ja.append_paged_kv_cache, (kv, kv, _struct(4096), _struct(4096), cache, table)
 
@@ -464,6 +483,10 @@ def _case(
 ):
     return Case(name, functools.partial(build, *args, **kwargs), hot, accepted)
 
+
+FP8: dict[str, Any] = dict(kv=jnp.float8_e4m3fn, scales="tensor")
+FP8_TOKEN: dict[str, Any] = dict(kv=jnp.float8_e4m3fn, scales="token")
+E5M2: dict[str, Any] = dict(kv=jnp.float8_e5m2)
 
 # 255 registers hold the 128-row tile but for two values.
 TWO = "8 + 8 bytes"
@@ -547,6 +570,32 @@ CASES = (
     _case("prefill bf16 32/8 d128 p16 spans", _prefill, 32, 8, 128, 16, spans=True),
     _case("prefill bf16 16/16 d192 v128", _prefill, 16, 16, 192, 16, dv=128),
     _case("prefill bf16 16/1 d512 v256", _prefill, 16, 1, 512, 16, dv=256),
+    # FP8 caches: scales for all, or for each token and head.
+    _case("decode fp8 32/8 d128 p1", _decode, 32, 8, 128, 1, hot=True, **FP8),
+    _case("decode fp8 32/8 d128 p16", _decode, 32, 8, 128, 16, hot=True, **FP8),
+    _case("decode fp8 32/8 d128 p64", _decode, 32, 8, 128, 64, hot=True, **FP8),
+    _case("decode fp8 32/8 d128 p1 token", _decode, 32, 8, 128, 1, hot=True, **FP8_TOKEN),
+    _case("decode fp8 32/8 d128 p16 token", _decode, 32, 8, 128, 16, hot=True, **FP8_TOKEN),
+    _case("decode fp8 32/8 d128 p64 token", _decode, 32, 8, 128, 64, hot=True, **FP8_TOKEN),
+    _case("decode fp8 32/32 d128 p16", _decode, 32, 32, 128, 16, **FP8),
+    _case("decode fp8 8/1 d128 p16", _decode, 8, 1, 128, 16, **FP8),
+    _case("decode fp8 32/8 d64 p16", _decode, 32, 8, 64, 16, **FP8),
+    _case("decode fp8 32/8 d256 p16", _decode, 32, 8, 256, 16, **FP8),
+    _case("decode fp8 128/1 d128 p16", _decode, 128, 1, 128, 16, **FP8),
+    _case("decode e5m2 32/8 d128 p16", _decode, 32, 8, 128, 16, **E5M2),
+    _case("prefill fp8 32/8 d128 p1", _prefill, 32, 8, 128, 1, hot=True, **FP8),
+    _case("prefill fp8 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True, **FP8),
+    _case("prefill fp8 32/8 d128 p64", _prefill, 32, 8, 128, 64, hot=True, **FP8),
+    _case("prefill fp8 32/8 d128 p16 token", _prefill, 32, 8, 128, 16, **FP8_TOKEN),
+    _case("prefill fp8 32/8 d128 p16 8x4", _prefill, 32, 8, 128, 16, batch=8, new=4, **FP8),
+    _case("prefill fp8 32/8 d128 p16 32x16", _prefill, 32, 8, 128, 16, batch=32, new=16, **FP8),
+    _case("prefill fp8 32/8 d64 p16", _prefill, 32, 8, 64, 16, **FP8),
+    _case("prefill fp8 32/8 d256 p16", _prefill, 32, 8, 256, 16, **FP8),
+    _case("prefill fp8 32/8 d128 p16 mask bits", _prefill, 32, 8, 128, 16, mask=True, **FP8),
+    _case("append fp8 8 d128 p16", _append, 8, 128, 16, hot=True, **FP8),
+    _case("append fp8 8 d128 p16 token", _append, 8, 128, 16, hot=True, **FP8_TOKEN),
+    _case("rope_append fp8 32/8 d128", _rope_append, 32, 8, 128, hot=True, **FP8),
+    _case("rope_append fp8 32/8 d128 token", _rope_append, 32, 8, 128, hot=True, **FP8_TOKEN),
     _case("merge_state bf16 d128", _merge_state, 128, hot=True),
     _case("merge_states bf16 d128", _merge_states, 128, hot=True),
     _case("rmsnorm bf16 111", _rmsnorm, 111),

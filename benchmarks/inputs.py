@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,11 +16,24 @@ import numpy as np
 from jax import Array
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
+from benchmarks.cases import (
+    Append,
+    Attention,
+    Cached,
+    Case,
+    Loop,
+    Merge,
+    Norm,
+    Plan,
+    Rope,
+    RopeAppend,
+)
+from jaxattn.kv_scales import largest, own_scale, stored
 from jaxattn.models import llama
 
 ROPE_THETA = 5e5
 EPS = 1e-6
+NORMAL_SCALE = 1 / 64  # takes normal numbers to the middle of float8's range
 SHOWN_LAYERS = (0, -1)  # of a decode loop
 
 
@@ -124,12 +138,7 @@ def make_inputs(case: Case) -> Any:
         case Attention():
             pages = _pages(case.kv_lens, case.page_size, rng)
             shape = (pages.indices.size, case.page_size or 1, case.num_kv_heads, case.head_dim)
-            caches = tuple(
-                ja.PagedKVCache(
-                    (normal(seed + 2 * i + 1, shape=shape), normal(seed + 2 * i + 2, shape=shape))
-                )
-                for i in range(case.num_layers)
-            )
+            caches = tuple(_cache(case, seed + 2 * i + 1, shape) for i in range(case.num_layers))
             q = normal(seed, shape=(case.num_qo_tokens, case.num_qo_heads, case.head_dim))
             sinks = _normal(seed, shape=(case.num_qo_heads,), dtype="float32")
             return AttentionInputs(
@@ -153,7 +162,7 @@ def make_inputs(case: Case) -> Any:
                 normal(seed + 1, shape=tokens),
                 _int32(np.repeat(np.arange(case.batch), case.new)),
                 _int32(position),
-                ja.PagedKVCache((normal(seed + 2, shape=shape), normal(seed + 3, shape=shape))),
+                _cache(case, seed + 2, shape),
                 pages,
             )
         case Merge():
@@ -180,7 +189,7 @@ def make_inputs(case: Case) -> Any:
                 _int32(np.repeat(np.arange(case.batch), case.new)),
                 _int32(position),
                 ja.precompute_freqs_cis(case.head_dim, case.kv_len, ROPE_THETA),
-                ja.PagedKVCache((normal(seed + 1, shape=shape), normal(seed + 2, shape=shape))),
+                _cache(case, seed + 1, shape),
                 pages,
             )
         case Rope():
@@ -257,6 +266,39 @@ def _normal(seed: Any, scale: float = 1.0, *, shape: tuple[int, ...], dtype: str
     # In float32, then rounded: drawn in 16 bits, the values would be a few hundred distinct ones.
     key = jax.random.key(seed, impl="rbg")
     return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _cache(case: Cached, seed: int, shape: tuple[int, ...]) -> ja.PagedKVCache:
+    """Normal keys and values [n, p, kh, d], as the case's cache holds them."""
+    if case.kv_dtype is None:
+        k, v = (_normal(seed + i, shape=shape, dtype=case.dtype) for i in (0, 1))
+        return ja.PagedKVCache((k, v))
+    pairs = [_normal_fp8(seed + i, shape, case.kv_dtype, case.kv_scales) for i in (0, 1)]
+    (k, k_scale), (v, v_scale) = pairs
+    return ja.PagedKVCache((k, v), scales=ja.KVScales(k_scale, v_scale))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "scales"))
+def _normal_fp8(
+    seed: Any, shape: tuple[int, ...], dtype: str, scales: str | None
+) -> tuple[Array, Array]:
+    """(stored numbers, their scale), one for all or one for each vector."""
+    x = _normal(seed, shape=shape, dtype="float32")
+    scale = own_scale(largest(x), dtype) if scales == "token" else jnp.float32(NORMAL_SCALE)
+    return stored(x, jnp.broadcast_to(scale, shape[:-1])[..., None], dtype), scale
+
+
+def written(cache: ja.PagedKVCache) -> tuple[Array, ...]:
+    """The arrays that an append writes: K's and V's pages, and their scales where each token has its own."""
+    scales = cache.scales
+    return (*cache.arrays, *((scales.k, scales.v) if scales and scales.per_token else ()))
+
+
+def with_written(cache: ja.PagedKVCache, arrays: Sequence[Array]) -> ja.PagedKVCache:
+    """The cache whose `written` are these."""
+    k, v, *scales = arrays
+    own = ja.KVScales(*scales) if scales else cache.scales
+    return dataclasses.replace(cache, data=(k, v), scales=own)
 
 
 def _int32(x: np.ndarray) -> Array:

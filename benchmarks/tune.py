@@ -9,7 +9,7 @@ import contextvars
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import ModuleType
@@ -66,6 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default="", help="part of case ids; default: all of the op")
     parser.add_argument("--smoke", action="store_true", help="the small cases")
     parser.add_argument(
+        "--values",
+        nargs="*",
+        default=[],
+        metavar="FIELD=N,N",
+        help="these of a field instead of all",
+    )
+    parser.add_argument(
+        "--spill", type=int, default=0, metavar="BYTES", help="that a configuration may have (0)"
+    )
+    parser.add_argument(
         "--target", choices=sorted(set(TARGETS.values())), help="default: the GPU at hand"
     )
     parser.add_argument(
@@ -79,22 +89,37 @@ def main(options: argparse.Namespace) -> int:
     if options.static and not target:
         raise ValueError("--static needs --target where there is no known GPU")
     names = [options.cases] if options.cases else []
+    values = {
+        name: tuple(int(n) for n in numbers.split(","))
+        for name, _, numbers in (given.partition("=") for given in options.values)
+    }
     for case in cases.select(smoke=options.smoke, ops=[options.op], names=names):
         print(f"\n{case.id}, {jax.devices()[0].device_kind}, target {target}\n")
-        print(tune(case, target, static=options.static), flush=True)
+        how: dict[str, Any] = dict(static=options.static, values=values, spill=options.spill)
+        print(tune(case, target, **how), flush=True)
     return 0
 
 
-def tune(case: Case, target: str | None, *, static: bool = False) -> str:
-    """A Markdown table of the configurations, the fastest first."""
-    configs = [{}, *candidates(case.op)]  # {}: the default
+def tune(
+    case: Case,
+    target: str | None,
+    *,
+    static: bool = False,
+    values: Mapping[str, tuple[Any, ...]] | None = None,
+    spill: int = 0,
+) -> str:
+    """A Markdown table of the configurations, the fastest first.
+
+    values: of some fields, in place of all; spill: bytes that are no fault.
+    """
+    configs = [{}, *candidates(case.op, values)]  # {}: the default
     with _overridable(SPACES[case.op][0]), ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda config: _compile(case, config, target), configs))
+        compiled = list(pool.map(lambda config: _compile(case, config, target, spill), configs))
         times: dict[int, float] = {}
         if not static:
             sound = {i: configs[i] for i, (_, fault) in enumerate(compiled) if not fault}
             times = _times(case, sound, compiled, pool)
-    fields = list(SPACES[case.op][1])
+    fields = list(configs[1])
     lines = [[*fields, "registers", "us", "TB/s", "TFLOP/s", "fault"], ["---"] * (len(fields) + 5)]
     done = work(case)
     for i in sorted(range(len(configs)), key=lambda i: times.get(i, float("inf"))):
@@ -115,15 +140,15 @@ def tune(case: Case, target: str | None, *, static: bool = False) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def candidates(op: str) -> list[Config]:
-    """Every combination of the op's space.
+def candidates(op: str, values: Mapping[str, tuple[Any, ...]] | None = None) -> list[Config]:
+    """Every combination of the op's space, in which `values` replace those of some fields, or add a field.
 
     Raises:
       ValueError: the op has none.
     """
     if op not in SPACES:
         raise ValueError(f"{op} has no tiles to tune; ops must be among {list(SPACES)}")
-    space = SPACES[op][1]
+    space = SPACES[op][1] | dict(values or {})
     return [dict(zip(space, values)) for values in itertools.product(*space.values())]
 
 
@@ -151,7 +176,9 @@ def _with(config: Config, function: Callable[[], Any]) -> Any:
         _override.reset(token)
 
 
-def _compile(case: Case, config: Config, target: str | None) -> tuple[list[KernelReport], str]:
+def _compile(
+    case: Case, config: Config, target: str | None, spill: int
+) -> tuple[list[KernelReport], str]:
     """Reports of the kernels for a described GPU, and what is wrong with them; without a target, nothing."""
     if target is None:
         return [], ""
@@ -164,7 +191,8 @@ def _compile(case: Case, config: Config, target: str | None) -> tuple[list[Kerne
         reports = _with(config, lambda: compile_for(target, op, structs))
     except Exception as error:
         return [], f"does not compile: {error}".splitlines()[0][:80]
-    return reports, "; ".join(fault for report in reports for fault in report.spills)[:80]
+    much = [x for x in reports if x.spill_stores + x.spill_loads > spill]
+    return reports, "; ".join(fault for report in much for fault in report.spills)[:80]
 
 
 def _times(

@@ -9,7 +9,7 @@ import dataclasses
 from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
 from jaxattn.work_list import WorkItem
 
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+ITEMSIZE = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,13 @@ def keys_read(case: Attention) -> list[int]:
     return [min(kv_len, qo_len + case.window_left) for qo_len, kv_len in lens]
 
 
+def kv_bytes(case: Attention | Append | RopeAppend, tokens: int) -> int:
+    """K and V of so many tokens in the case's cache, with their scales."""
+    vectors = 2 * tokens * case.num_kv_heads
+    scales = 4 * vectors if case.kv_scales == "token" else 0
+    return vectors * case.head_dim * ITEMSIZE[case.kv_dtype or case.dtype] + scales
+
+
 def work(case: Case) -> Work:
     """The work of one call of the case's op."""
     size = ITEMSIZE[case.dtype]
@@ -47,13 +54,12 @@ def work(case: Case) -> Work:
         case Attention():
             q = case.num_qo_tokens * case.num_qo_heads * case.head_dim
             read = keys_read(case)
-            kv = sum(read) * case.num_kv_heads * case.head_dim
             pages = sum(-(-n // case.page_size) for n in read) if case.page_size else 0
             lens = zip(case.qo_lens, case.kv_lens)
             see = (case.causal, case.window_left)
             admitted = sum(pairs(qo_len, kv_len, *see) for qo_len, kv_len in lens)
             flops = 4 * case.head_dim * case.num_qo_heads * admitted
-            per_layer = (2 * kv + 2 * q) * size + 4 * pages
+            per_layer = kv_bytes(case, sum(read)) + 2 * q * size + 4 * pages
             layers = f"{case.num_layers} layers x " if case.num_layers > 1 else ""
             return Work(
                 per_layer * case.num_layers,
@@ -72,7 +78,9 @@ def work(case: Case) -> Work:
         case Append():
             tokens = case.batch * case.new
             return Work(
-                4 * tokens * case.num_kv_heads * case.head_dim * size + 8 * tokens,
+                2 * tokens * case.num_kv_heads * case.head_dim * size
+                + kv_bytes(case, tokens)
+                + 8 * tokens,
                 None,
                 "bytes: new k + v read and written + 8 per token of indices",
             )
@@ -98,9 +106,10 @@ def work(case: Case) -> Work:
                 "bytes: q + k read and written + float32 table row and position per token",
             )
         case RopeAppend():
-            heads = case.num_qo_heads + 2 * case.num_kv_heads
+            heads = 2 * case.num_qo_heads + 2 * case.num_kv_heads
             return Work(
-                case.num_tokens * (2 * heads * case.head_dim * size + 4 * case.head_dim + 8),
+                case.num_tokens * (heads * case.head_dim * size + 4 * case.head_dim + 8)
+                + kv_bytes(case, case.num_tokens),
                 None,
                 "bytes: q + k + v read and written + float32 table row and 8 of indices per token",
             )

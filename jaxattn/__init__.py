@@ -45,6 +45,7 @@ from jaxattn.flashinfer import (
 )
 from jaxattn.kv_cache import PagedKVCache as PagedKVCache
 from jaxattn.kv_cache import PageTable as PageTable
+from jaxattn.kv_scales import KVScales as KVScales
 from jaxattn.model_step import Step as Step
 from jaxattn.model_step import attend as attend
 from jaxattn.model_step import begin_step as begin_step

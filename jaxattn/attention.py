@@ -22,6 +22,7 @@ from jaxattn.dispatch import dispatch
 from jaxattn.kernels.mosaic.serves import why_not_attention
 from jaxattn.kernels.triton.attention import contiguous_attention, paged_attention
 from jaxattn.kv_cache import LAYOUTS, PagedKVCache
+from jaxattn.kv_scales import FP8_DTYPES, KVScales
 from jaxattn.operands import ScoreMod, alibi
 from jaxattn.plan import AttentionPlan
 from jaxattn.spec import Score, check_soft_cap
@@ -49,9 +50,9 @@ def paged_decode(
     partial results are float32.
 
     Args:
-      q: [b, num_qo_heads, head_dim], the dtype of the cache: float16, bfloat16 or float32. Row i is request i.
-      paged_kv_cache: the cache of one layer. It already holds the new token's key and value. V may have a head_dim of
-        its own.
+      q: [b, num_qo_heads, head_dim]; float16, bfloat16 or float32. Row i is request i.
+      paged_kv_cache: the cache of one layer, of q's dtype or of a float8 dtype. It already holds the new token's key
+        and value. V may have a head_dim of its own.
       plan: from `plan_decode`; the same for every layer of a step.
       sm_scale: softmax scale, a positive float; default 1 / sqrt(head_dim).
       logits_soft_cap: a positive float: logits become `cap * tanh(x / cap)` (Gemma 2); None or 0: as they are. For
@@ -75,7 +76,7 @@ def paged_decode(
 
     Raises:
       ValueError: shapes or options that do not fit the plan and the cache; a backend that cannot run here.
-      TypeError: an unsupported dtype, or q and the cache of different dtypes.
+      TypeError: an unsupported dtype, or q and a cache that is not float8 of different dtypes.
     """
     if not isinstance(plan, AttentionPlan) or not plan.is_decode:
         raise TypeError(f"plan must come from plan_decode; got {_kind(plan)}")
@@ -121,9 +122,9 @@ def paged_prefill(
     partial results are float32.
 
     Args:
-      q: [num_qo_tokens, num_qo_heads, head_dim], the dtype of the cache: float16, bfloat16 or float32.
-      paged_kv_cache: the cache of one layer. It already holds the new tokens' keys and values. V may have a head_dim
-        of its own.
+      q: [num_qo_tokens, num_qo_heads, head_dim]; float16, bfloat16 or float32.
+      paged_kv_cache: the cache of one layer, of q's dtype or of a float8 dtype. It already holds the new tokens' keys
+        and values. V may have a head_dim of its own.
       plan: from `plan_prefill`; the same for every layer of a step.
       The rest: as for `paged_decode`.
 
@@ -163,6 +164,7 @@ def ragged_prefill(
     plan: AttentionPlan,
     *,
     kv_layout: str = "NHD",
+    kv_scales: KVScales | None = None,
     sm_scale: float | None = None,
     logits_soft_cap: float | None = None,
     sinks: Array | None = None,
@@ -178,9 +180,10 @@ def ragged_prefill(
     Args:
       q: [num_qo_tokens, num_qo_heads, head_dim]; float16, bfloat16 or float32.
       k, v: [num_kv_tokens, num_kv_heads, head_dim] for kv_layout "NHD", [num_kv_heads, num_kv_tokens, head_dim]
-        for "HND"; q's dtype. V may have a head_dim of its own.
+        for "HND"; q's dtype, float8_e4m3fn or float8_e5m2. V may have a head_dim of its own.
       plan: from `plan_ragged_prefill`.
       kv_layout: "NHD" or "HND".
+      kv_scales: what k and v are multiplied by, for all or for each KV head; None: nothing.
       The rest: as for `paged_decode`.
 
     Returns, raises: as `paged_prefill`.
@@ -194,7 +197,14 @@ def ragged_prefill(
     axes = (tokens, plan.num_kv_heads) if kv_layout == "NHD" else (plan.num_kv_heads, tokens)
     check_shape("k", k, (*axes, q.shape[-1]))
     check_shape("v", v, (*k.shape[:2], "head_dim of v"))
-    check_same_dtype(q=q, k=k, v=v)
+    if k.dtype.name in FP8_DTYPES:
+        check_same_dtype(k=k, v=v)
+    else:
+        check_same_dtype(q=q, k=k, v=v)
+    if kv_scales is not None:
+        if kv_scales.per_token:
+            raise ValueError("kv_scales of contiguous keys must be [] or [num_kv_heads]")
+        kv_scales.check((), plan.num_kv_heads)
     options = _Options(
         sm_scale,
         logits_soft_cap,
@@ -207,10 +217,11 @@ def ragged_prefill(
         backend,
     )
 
-    def xla(q, k, v, plan, sinks, score_mods, **how):
+    def xla(q, k, v, scales, plan, sinks, score_mods, **how):
         if kv_layout == "HND":
             k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
-        return reference.ragged_attention(q, k, v, plan, sinks=sinks, score_mods=score_mods, **how)
+        how |= dict(scales=scales, sinks=sinks, score_mods=score_mods)
+        return reference.ragged_attention(q, k, v, plan, **how)
 
     def mosaic(*args, **how):
         from jaxattn.kernels.mosaic.attention import contiguous_attention
@@ -218,7 +229,7 @@ def ragged_prefill(
         return contiguous_attention(*args, name="jaxattn_prefill", kv_layout=kv_layout, **how)
 
     kernel = functools.partial(contiguous_attention, name="jaxattn_prefill", kv_layout=kv_layout)
-    return _run(options, kernel, xla, mosaic, q, (k, v), plan, v.shape[-1])
+    return _run(options, kernel, xla, mosaic, q, (k, v, kv_scales), plan, v)
 
 
 class _Options(NamedTuple):
@@ -248,7 +259,7 @@ def _paged(name: str, q: Array, cache: PagedKVCache, plan: AttentionPlan, option
         return paged_attention(*args, name=name, **how)
 
     kernel = functools.partial(paged_attention, name=name)
-    return _run(options, kernel, xla, mosaic, q, (cache,), plan, cache.head_dim_v)
+    return _run(options, kernel, xla, mosaic, q, (cache,), plan, cache.arrays[-1])
 
 
 def _run(
@@ -259,9 +270,9 @@ def _run(
     q: Array,
     kv: tuple[Any, ...],
     plan: AttentionPlan,
-    head_dim_v: int,
+    values: Array,
 ) -> Any:
-    """Checks the options, and runs the op on (q, *kv, plan, sinks, score mods)."""
+    """Checks the options, and runs the op on (q, *kv, plan, sinks, score mods); values: the array that has V."""
     how: dict[str, Any] = dict(
         score=Score(
             check_scale(options.sm_scale, q.shape[-1]), check_soft_cap(options.logits_soft_cap)
@@ -286,7 +297,7 @@ def _run(
     elif len(options.score_mod_arrays):
         raise ValueError("score_mod_arrays are arguments of score_mod, which is None: give both")
     why_not = why_not_attention(
-        q, head_dim_v, plan, score_mods=bool(score_mods), out_dtype=how["out_dtype"]
+        q, values, plan, score_mods=bool(score_mods), out_dtype=how["out_dtype"]
     )
     # A kernel takes no array without elements.
     empty = not all(x.size for x in jax.tree.leaves((q, kv)))
@@ -317,7 +328,8 @@ def _check_cache(q: Array, cache: PagedKVCache, plan: AttentionPlan) -> None:
             "make one of the arrays (k, v) by PagedKVCache((k, v), layout)"
         )
     cache.check()
-    check_same_dtype(q=q, paged_kv_cache=cache)
+    if not cache.is_fp8:
+        check_same_dtype(q=q, paged_kv_cache=cache)
     for name, want, got in (
         ("head_dim", q.shape[-1], cache.head_dim),
         ("page_size", plan.page_size, cache.page_size),

@@ -41,11 +41,11 @@ def check_shape(
         raise ValueError(f"{name} must have shape {must}{where}; got {list(shape)}")
 
 
-def check_float(name: str, x: jax.Array) -> None:
-    """Raises TypeError unless `x` is a float16, bfloat16 or float32 array."""
+def check_float(name: str, x: jax.Array, dtypes: Sequence[str] = FLOAT_DTYPES) -> None:
+    """Raises TypeError unless `x` is an array of one of the dtypes: by default float16, bfloat16 or float32."""
     check_array(name, x)
-    if x.dtype.name not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be one of {', '.join(FLOAT_DTYPES)}; got {x.dtype.name}")
+    if x.dtype.name not in dtypes:
+        raise TypeError(f"{name} must be one of {', '.join(dtypes)}; got {x.dtype.name}")
 
 
 def check_same_dtype(**arrays: Any) -> None:

@@ -23,6 +23,19 @@ def has_wgmma() -> bool:
     return any(name in _target().device_kind for name in HOPPER)
 
 
+def check_fp8(dtype: Any) -> None:
+    """Raises NotImplementedError where the GPU cannot convert numbers of a cache's dtype."""
+    device = _target()
+    capability = getattr(device, "compute_capability", None)
+    if dtype.name != "float8_e4m3fn" or device.platform != "gpu" or capability is None:
+        return
+    if tuple(map(int, str(capability).split("."))) < (8, 9):
+        raise NotImplementedError(
+            f"a cache of float8_e4m3fn needs compute capability 8.9 (Ada, Hopper); {device.device_kind} "
+            f"has {capability}: use float8_e5m2"
+        )
+
+
 def on_gpu() -> bool:
     """Whether it is a GPU."""
     return jax.default_backend() == "gpu" or getattr(_target(), "platform", None) == "gpu"

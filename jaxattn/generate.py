@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxattn.call import Sizes as Sizes
 from jaxattn.call import check_call
 from jaxattn.checks import FLOAT_DTYPES
 from jaxattn.generator import Generation as Generation
 from jaxattn.generator import Generator as Generator
+from jaxattn.kv_scales import FP8_DTYPES
 from jaxattn.models import llama
 from jaxattn.steps import Requests as Requests
 from jaxattn.steps import Sampling as Sampling
@@ -43,6 +45,7 @@ def generate(
     stream_every: int = 32,
     stream: Callable[[int, list[int]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kv_dtype: DTypeLike | None = None,
     backend: str | None = None,
 ) -> Generation:
     """Continues prompts, all in one batch, with a `Generator` of its own.
@@ -51,7 +54,7 @@ def generate(
     share them, since what is not given is rounded up to a size that repeats (see `Sizes`).
 
     Args:
-      params, config: from `llama.load`; the cache gets the weights' dtype.
+      params, config: from `llama.load`.
       prompts: token ids of each request: sequences of integers of any lengths, none empty, or a 2-D integer array.
       max_new_tokens: for all requests, or of each.
       temperature: 0 takes the likeliest token; otherwise logits are divided by it.
@@ -66,6 +69,7 @@ def generate(
         where every request ends before the last.
       stream: called with (request, its latest tokens) as they come.
       progress: called with (prompt tokens done, prompt tokens in all) after each chunk.
+      kv_dtype: of the cache: None for the weights'; "fp8" or a float8 dtype, as for a `Generator`.
       backend: "triton", "xla", "interpret" or None, for every op.
 
     Raises:
@@ -74,7 +78,7 @@ def generate(
       NotImplementedError: a context longer than the model's sliding window.
     """
     sizes = Sizes(page_size, num_pages, max_context, prefill_chunk, stream_every)
-    return Generator(params, config, sizes, backend=backend).generate(
+    return Generator(params, config, sizes, kv_dtype=kv_dtype, backend=backend).generate(
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -114,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-pages", type=int, help="pages of the cache (as many as needed)")
     add("--prefill-chunk", type=int, default=2048, help="prompt tokens at once (%(default)s)")
     add("--dtype", choices=FLOAT_DTYPES, help="of weights and cache (the checkpoint's)")
+    add("--kv-dtype", choices=("fp8", *FP8_DTYPES), help="of the cache (that of the weights)")
     return parser
 
 
@@ -137,7 +142,7 @@ def _run(args: argparse.Namespace) -> None:
     check_call(config, sizes, ids, **options)  # weights take a minute to read, these a second
     config, params = llama.load(args.model, args.dtype, progress=_progress("loading", "weights"))
     out = _StreamedText(decode) if len(prompts) == 1 else None
-    generation = Generator(params, config, sizes).generate(
+    generation = Generator(params, config, sizes, kv_dtype=args.kv_dtype).generate(
         ids, **options, stream=out, progress=_progress("prefill", "tokens")
     )
     if out:

@@ -15,8 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxattn.call import Call, Sizes, check_call, pages_needed
+from jaxattn.kv_scales import fp8_dtype
 from jaxattn.models import llama
 from jaxattn.steps import Requests, State, decode_steps, prefill_step
 
@@ -55,21 +57,25 @@ class Generator:
 
     Keeps what calls share: the KV cache and the rope table. It holds, from its first call on,
 
-        2 * num_layers * num_pages * page_size * num_kv_heads * head_dim * bytes of a weight
+        2 * num_layers * num_pages * page_size * num_kv_heads * head_dim * bytes of a number
 
-    of device memory beside the weights. A call that needs more pages than there are replaces the cache, and one that
-    fails frees it; neither ever holds two. With `num_pages` and `max_context` given, nothing grows.
+    of device memory beside the weights; with kv_dtype, 1 byte a number and 4 more for each head_dim of them. A call
+    that needs more pages than there are replaces the cache, and one that fails frees it; neither ever holds two. With
+    `num_pages` and `max_context` given, nothing grows.
 
     Compiled programs are kept by the process, the 32 used last, for every Generator of a like model. Calls share one if
     their sizes round to the same and their sampling is the same: other lengths and tokens do not compile again.
 
     Args:
-      params, config: from `llama.load`; the cache gets the weights' dtype.
+      params, config: from `llama.load`.
       sizes: of pages, cache and chunks.
+      kv_dtype: of the cache: None for the weights'; "fp8", which is float8_e4m3fn, or a float8 dtype: half the bytes
+        of 16 bits, each token's keys and values scaled by head.
       backend: "triton", "xla", "interpret" or None, for every op.
 
     Raises:
       ValueError, NotImplementedError: the model cannot serve `sizes.max_context`.
+      ValueError: another kv_dtype.
     """
 
     def __init__(
@@ -78,9 +84,11 @@ class Generator:
         config: llama.LlamaConfig,
         sizes: Sizes | None = None,
         *,
+        kv_dtype: DTypeLike | None = None,
         backend: str | None = None,
     ):
         self.params, self.config, self.backend = params, config, backend
+        self.kv_dtype = params.embed_tokens.dtype if kv_dtype is None else fp8_dtype(kv_dtype)
         self.sizes = sizes or Sizes()
         if self.sizes.max_context:
             llama.check_context(config, self.sizes.max_context)
@@ -177,7 +185,7 @@ class Generator:
             self.config,
             self.sizes.num_pages or round_up(needed),
             self.sizes.page_size,
-            self.params.embed_tokens.dtype,
+            self.kv_dtype,
         )
 
     def _requests(self, call: Call, batch: int, num_pages: int) -> Requests:

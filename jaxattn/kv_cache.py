@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from jaxattn.checks import (
+    FLOAT_DTYPES,
     check_choice,
     check_float,
     check_host_lengths,
@@ -26,8 +27,10 @@ from jaxattn.checks import (
     check_positive,
     check_shape,
 )
+from jaxattn.kv_scales import FP8_DTYPES, KVScales
 
 LAYOUTS = ("NHD", "HND")
+CACHE_DTYPES = (*FLOAT_DTYPES, *FP8_DTYPES)
 
 
 class RowStrides(NamedTuple):
@@ -50,12 +53,15 @@ class PagedKVCache:
 
     Attributes:
       data: `(k, v)`, each [n, p, kh, d] for layout "NHD" and [n, kh, p, d] for "HND", V's d its own; or one array
-        that holds both, [n, 2, p, kh, d] or [n, 2, kh, p, d]. float16, bfloat16 or float32.
+        that holds both, [n, 2, p, kh, d] or [n, 2, kh, p, d]. float16, bfloat16, float32, float8_e4m3fn or
+        float8_e5m2.
       layout: "NHD" or "HND" (static).
+      scales: what the numbers in `data` are multiplied by; None: they are the keys and values themselves.
     """
 
     data: tuple[Array, Array] | Array
     layout: str = dataclasses.field(default="NHD", metadata=dict(static=True))
+    scales: KVScales | None = None
 
     @classmethod
     def zeros(
@@ -69,8 +75,22 @@ class PagedKVCache:
         layout: str = "NHD",
         combined: bool = False,
         head_dim_v: int | None = None,
+        scales: KVScales | str | None = None,
     ) -> "PagedKVCache":
-        """A cache of zeros; with `combined`, K and V are one 5-D array. head_dim_v: V's, default head_dim."""
+        """A cache of zeros.
+
+        Args:
+          num_pages, page_size, num_kv_heads, head_dim: the shape.
+          dtype: float16, bfloat16, float32, float8_e4m3fn or float8_e5m2.
+          layout: "NHD" or "HND".
+          combined: K and V are one 5-D array.
+          head_dim_v: V's, default head_dim.
+          scales: given ones; or "token", with a float8 dtype: pages of them, of which an append writes those of its
+            tokens, by each token's own largest magnitude in a head.
+
+        Raises:
+          ValueError, TypeError: sizes, a dtype, a layout or scales that no cache can have.
+        """
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         check_positive(
             num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim
@@ -78,15 +98,23 @@ class PagedKVCache:
         check_positive(head_dim_v=head_dim_v)
         check_choice("layout", layout, LAYOUTS)
         page = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
+        if combined and head_dim_v != head_dim:
+            raise ValueError(
+                f"one array holds K and V of one head_dim; got {head_dim=}, {head_dim_v=}: "
+                "leave combined=False"
+            )
+        if isinstance(scales, str):
+            check_choice("scales", scales, ("token",))
+            scales = KVScales(*(jnp.ones((num_pages, *page), jnp.float32) for _ in "kv"))
+        data: tuple[Array, Array] | Array
         if combined:
-            if head_dim_v != head_dim:
-                raise ValueError(
-                    f"one array holds K and V of one head_dim; got {head_dim=}, {head_dim_v=}: "
-                    "leave combined=False"
-                )
-            return cls(jnp.zeros((num_pages, 2, *page, head_dim), dtype), layout)
-        k, v = (jnp.zeros((num_pages, *page, d), dtype) for d in (head_dim, head_dim_v))
-        return cls((k, v), layout)
+            data = jnp.zeros((num_pages, 2, *page, head_dim), dtype)
+        else:
+            k, v = (jnp.zeros((num_pages, *page, d), dtype) for d in (head_dim, head_dim_v))
+            data = k, v
+        cache = cls(data, layout, scales)
+        cache.check()
+        return cache
 
     @classmethod
     def from_flashinfer(
@@ -147,8 +175,8 @@ class PagedKVCache:
         """(k, v) [b, s, kh, d] of a cache whose pages are those of `from_dense`, by a reshape.
 
         Raises:
-          ValueError: layout "HND", or one array for K and V, whose tokens do not lie side by side; pages that the
-            requests cannot share equally.
+          ValueError: layout "HND", or one array for K and V, whose tokens do not lie side by side; scales; pages that
+            the requests cannot share equally.
         """
         self.check()
         if self.layout != "NHD" or self.combined:
@@ -156,6 +184,8 @@ class PagedKVCache:
                 "to_dense needs layout 'NHD' and K and V in arrays of their own; got "
                 f"layout={self.layout!r}, combined={self.combined}"
             )
+        if self.scales is not None:
+            raise ValueError("to_dense must be of a cache without scales: a dense one has none")
         check_positive(batch_size=batch_size)
         if self.num_pages % batch_size:
             raise ValueError(
@@ -180,11 +210,26 @@ class PagedKVCache:
             check_shape("v pages", v, (*k.shape[:-1], "head_dim of v"))
             if k.dtype != v.dtype:
                 raise TypeError(f"k and v pages must have one dtype; got {k.dtype} and {v.dtype}")
-            check_float("k pages", k)
+            check_float("k pages", k, CACHE_DTYPES)
         else:
             axes = ("p", "kh") if self.layout == "NHD" else ("kh", "p")
             check_shape("a combined cache", self.data, ("n", 2, *axes, "d"))
-            check_float("a combined cache", self.data)
+            check_float("a combined cache", self.data, CACHE_DTYPES)
+        if self.scales is None:
+            return
+        if not isinstance(self.scales, KVScales):
+            raise TypeError(
+                f"scales must be KVScales or None; got {type(self.scales).__name__}: "
+                "use KVScales.of(k_scale, v_scale)"
+            )
+        p, heads = self.page_size, self.num_kv_heads
+        page = (p, heads) if self.layout == "NHD" else (heads, p)
+        self.scales.check((self.num_pages, *page), heads)
+        if self.scales.per_token and not self.is_fp8:
+            raise TypeError(
+                f"scales per token are those of a float8 cache; got {self.dtype}: leave them out, "
+                "as 16 bits hold keys and values as they are"
+            )
 
     @property
     def combined(self) -> bool:
@@ -198,7 +243,7 @@ class PagedKVCache:
 
     @property
     def k(self) -> Array:
-        """K pages [n, p, kh, d] (NHD) or [n, kh, p, d] (HND)."""
+        """K pages [n, p, kh, d] (NHD) or [n, kh, p, d] (HND), as they are stored."""
         return self.data[0] if isinstance(self.data, tuple) else self.data[:, 0]
 
     @property
@@ -230,6 +275,20 @@ class PagedKVCache:
     @property
     def dtype(self) -> jnp.dtype:
         return self.arrays[0].dtype
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype.name in FP8_DTYPES
+
+    @property
+    def k_scale(self) -> Array | None:
+        """What stored keys are multiplied by, float32: [], [kh], or pages without the last axis; None: 1."""
+        return None if self.scales is None else self.scales.k
+
+    @property
+    def v_scale(self) -> Array | None:
+        """Likewise of values."""
+        return None if self.scales is None else self.scales.v
 
     @property
     def row_strides(self) -> RowStrides:
@@ -392,16 +451,18 @@ def as_pool(paged_kv_cache: Any) -> tuple[PagedKVCache, Callable[[PagedKVCache],
             "paged_kv_cache must be a PagedKVCache or a tuple (k, v) of arrays [n, p, kh, d] or [b, w, p, kh, d]; "
             f"got {type(paged_kv_cache).__name__}"
         )
-    shapes = [jnp.shape(x) for x in cache.arrays]
-    by_batch = not cache.combined and all(len(shape) == 5 for shape in shapes)
+    by_batch = not cache.combined and all(jnp.ndim(x) == 5 for x in cache.arrays)
+    given = cache
     if by_batch:
         k, v = (x.reshape(-1, *x.shape[2:]) for x in cache.data)
-        cache = dataclasses.replace(cache, data=(k, v))
+        scales = cache.scales
+        if scales is not None and scales.per_token:
+            scales = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scales)
+        cache = PagedKVCache((k, v), cache.layout, scales)
 
     def back(cache: PagedKVCache) -> Any:
         if by_batch:
-            k, v = (x.reshape(shape) for x, shape in zip(cache.arrays, shapes))
-            cache = dataclasses.replace(cache, data=(k, v))
+            cache = jax.tree.map(lambda new, old: new.reshape(jnp.shape(old)), cache, given)
         return cache.data if is_tuple else cache
 
     return cache, back

@@ -7,6 +7,7 @@ Axes: b requests, t query tokens, s key tokens, h query heads, kh KV heads, g = 
 p page size.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.kv_scales import KVScales, largest, own_scale, stored
 from jaxattn.operands import ScoreMod, modified
 from jaxattn.plan import AttentionPlan
 from jaxattn.spec import FAR, Score
@@ -108,6 +110,12 @@ def paged_attention(
         slot = position % p
         at = (page, slot) if cache.layout == "NHD" else (page, slice(None), slot)
         k, v = (x.at[at].get(mode="clip") for x in (cache.k, cache.v))
+        if cache.scales is not None:
+            per_token = cache.scales.per_token
+            k, v = (
+                x.astype(jnp.float32) * _each(s.at[at].get(mode="clip") if per_token else s, x)
+                for x, s in ((k, cache.scales.k), (v, cache.scales.v))
+            )
         return k, v, (0 <= page) & (page < n)
 
     return _attend(q, keys, indices.size * p, plan, score, sinks, score_mods, out_dtype)
@@ -119,6 +127,7 @@ def ragged_attention(
     v: Array,
     plan: AttentionPlan,
     *,
+    scales: KVScales | None = None,
     score: Score,
     sinks: Array | None = None,
     score_mods: Sequence[ScoreMod] = (),
@@ -130,7 +139,13 @@ def ragged_attention(
 
     def keys(request: Array, position: Array) -> tuple[Array, Array, Array]:
         row = plan.page_start[request] + position
-        return k.at[row].get(mode="clip"), v.at[row].get(mode="clip"), row < k.shape[0]
+        own_k, own_v = (x.at[row].get(mode="clip") for x in (k, v))
+        if scales is not None:
+            own_k, own_v = (
+                x.astype(jnp.float32) * _each(s, x)
+                for x, s in ((own_k, scales.k), (own_v, scales.v))
+            )
+        return own_k, own_v, row < k.shape[0]
 
     return _attend(q, keys, k.shape[0], plan, score, sinks, score_mods, out_dtype)
 
@@ -360,9 +375,10 @@ def append_paged_kv_cache(
     paged_kv_cache: PagedKVCache,
     page_table: PageTable,
 ) -> PagedKVCache:
-    """Writes token i at `positions[i]` of request `batch_indices[i]`, in the cache's dtype.
+    """Writes token i at `positions[i]` of request `batch_indices[i]`, divided by its scale, in the cache's dtype.
 
-    A token whose request is not in [0, b) or whose position lies past the request's pages is dropped.
+    A token whose request is not in [0, b) or whose position lies past the request's pages is dropped. Scales per token
+    are those of `kv_scales.own_scale`, and written beside the tokens.
     """
     cache, table = paged_kv_cache, page_table
     p = cache.page_size
@@ -376,13 +392,28 @@ def append_paged_kv_cache(
 
     def write(pages, tokens, *where):
         at = (page, *where, slot) if cache.layout == "NHD" else (page, *where, slice(None), slot)
-        return pages.at[at].set(tokens.astype(pages.dtype), mode="drop")
+        return pages.at[at].set(tokens, mode="drop")
 
+    tokens, scales = (append_key, append_value), cache.scales
+    each: list[Array | None] = [None, None]
+    if scales is not None and scales.per_token:
+        each = [own_scale(largest(x), cache.dtype) for x in tokens]
+        scales = KVScales(*(write(old, new) for old, new in zip((scales.k, scales.v), each)))
+    elif scales is not None:
+        each = [scales.k, scales.v]
+    k, v = (
+        stored(x, None if s is None else _each(s, x), cache.dtype) for x, s in zip(tokens, each)
+    )
     if cache.combined:
-        data = write(write(cache.data, append_key, 0), append_value, 1)
+        data = write(write(cache.data, k, 0), v, 1)
     else:
-        data = (write(cache.k, append_key), write(cache.v, append_value))
-    return PagedKVCache(data, cache.layout)
+        data = (write(cache.k, k), write(cache.v, v))
+    return dataclasses.replace(cache, data=data, scales=scales)
+
+
+def _each(scale: Array, x: Array) -> Array:
+    """The scale of each vector of x [t, kh, d], [t, kh, 1], from one for all, for each head, or for each vector."""
+    return jnp.broadcast_to(scale, x.shape[:-1])[..., None]
 
 
 def rope_append_paged_kv_cache(

@@ -74,6 +74,33 @@ def make_paged(
     )
 
 
+def with_scales(paged: Paged, kind: str, *, heads=None, seed=0) -> Paged:
+    """The same stored numbers under scales: "tensor", "head" or "token"; k and v are those that the cache stands for.
+
+    heads: two float arrays [kh], what k's and v's scales are near to; scales of slots that no request owns are NaN.
+    """
+    cache, rng = paged.cache, np.random.default_rng(seed)
+    kh, p = cache.num_kv_heads, cache.page_size
+    near = heads or [np.full(kh, 0.7), np.full(kh, 3.0)]
+    indptr, indices = np.asarray(paged.table.indptr), np.asarray(paged.table.indices)
+    scales, tokens = [], []
+    for base, own in zip(near, (paged.k, paged.v), strict=True):
+        if kind != "token":
+            scale = np.float32(base[0] if kind == "tensor" else base)
+            scales.append(jnp.asarray(scale))
+            tokens.append([x * np.broadcast_to(scale, (kh,))[:, None] for x in own])
+            continue
+        pages = np.full((cache.num_pages, p, kh), np.nan, np.float32)
+        each = [(base * rng.uniform(0.1, 2, (len(x), kh))).astype(np.float32) for x in own]
+        for i, scale in enumerate(each):
+            position = np.arange(len(scale))
+            pages[indices[indptr[i] + position // p], position % p] = scale
+        scales.append(jnp.asarray(pages if cache.layout == "NHD" else pages.swapaxes(1, 2)))
+        tokens.append([x * scale[..., None] for x, scale in zip(own, each, strict=True)])
+    cache = dataclasses.replace(cache, scales=ja.KVScales(*scales))
+    return Paged(cache, paged.table, *tokens)
+
+
 def dense_attention(q, k, v, *, sm_scale, causal, dtype, score_dtype=None):
     """One request, q [t, h, d] and k, v [s, kh, d], every intermediate rounded to `dtype`: (o, lse).
 

@@ -113,6 +113,19 @@ def test_work_of_the_others():
     assert work(case("rope_append", "b32_1/")).bytes == 32 * (2 * 48 * 256 + 512 + 8)
 
 
+def test_work_of_fp8_caches():
+    """A byte a number, and four for each vector's scale."""
+    plain, fp8, token = (
+        work(case("decode", f"decode/{name}b64_8k/p16")).bytes
+        for name in ("", "fp8_", "fp8_token_")
+    )
+    numbers = 2 * 64 * 8192 * 8 * 128
+    assert plain - fp8 == numbers
+    assert token - fp8 == 4 * numbers // 128
+    plain, fp8 = (work(case("append", f"append/{name}b4_4k/p16")).bytes for name in ("", "fp8_"))
+    assert plain - fp8 == 2 * 16384 * 8 * 128
+
+
 def test_work_of_a_decode_loop():
     # Llama-3 8B: 32 layers of 4096 x (4096 + 1024 + 1024 + 4096 + 3 x 14336) weights, and 128256 x 4096 of the head.
     weights = 32 * 218_103_808 + 525_336_576
@@ -488,6 +501,12 @@ def test_tune_sweeps_fields_that_exist(op):
     config = typing.get_type_hints(module.default_config)["return"]
     assert set(space) <= {field.name for field in dataclasses.fields(config)}
     assert len(tune.candidates(op)) == np.prod([len(values) for values in space.values()])
+
+
+def test_tune_takes_some_values():
+    some = tune.candidates("decode", dict(num_warps=(2,), block_rows=(64,)))
+    assert {(x["num_warps"], x["block_rows"]) for x in some} == {(2, 64)}
+    assert len(some) == len(tune.candidates("decode")) // 3
 
 
 def test_tune_refuses_what_has_no_tiles():

@@ -12,12 +12,18 @@ PACKAGE = Path(jaxattn.__file__).parent
 
 FLOORS = [
     ["checks", "device", "padded"],
-    ["kv_cache", "spec"],
+    ["kv_scales", "spec"],
+    ["kv_cache"],
     ["operands", "work_list"],
     ["visits"],
     ["dispatch", "plan"],
     ["reference"],
-    ["kernels.triton._rows", "kernels.triton._launch", "kernels.triton._online_softmax"],
+    [
+        "kernels.triton._rows",
+        "kernels.triton._launch",
+        "kernels.triton._online_softmax",
+        "kernels.triton._float16",
+    ],
     ["kernels.triton._keys", "kernels.triton._limits", "kernels.triton.tiles"],
     ["kernels.triton._heads", "kernels.triton._page_slots", "kernels.triton.merge"],
     ["kernels.triton._split_merge"],

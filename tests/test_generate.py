@@ -70,6 +70,22 @@ def test_kernels_in_a_batch_that_is_filled_up():
     assert interpreted.tokens == wanted
 
 
+def test_an_fp8_cache(greedy):
+    """It holds float8 and a scale for each token and head; a generator keeps it."""
+    generator = Generator(PARAMS, CONFIG, kv_dtype="fp8")
+    first = generator.generate(PROMPTS, max_new_tokens=LIMITS).tokens
+    assert list(map(len, first)) == LIMITS
+    cache = generator._caches[0]
+    assert cache.dtype == jnp.float8_e4m3fn
+    assert cache.k_scale.shape == cache.k.shape[:-1]
+    assert generator.generate(PROMPTS, max_new_tokens=LIMITS).tokens == first
+    # Prompts as they stand are long enough that most first tokens agree with those of a float32 cache.
+    agree = [a[0] == b[0] for a, b in zip(first, greedy, strict=True)]
+    assert sum(agree) >= 3
+    with pytest.raises(ValueError, match="kv_dtype must be 'fp8' or one of"):
+        Generator(PARAMS, CONFIG, kv_dtype="bfloat16")
+
+
 def test_eos_ends_a_request_and_no_other(greedy):
     eos = [greedy[0][4], greedy[3][0]]
     result = generate(PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS, eos_token_ids=eos)
@@ -493,6 +509,8 @@ def test_cli_streams_text(checkpoint, capsys):
     assert streamed == tokenizer.decode(tokens) + "\n"
     assert "loading: 9/9 weights" in progress and f"prefill: {len(prompt)}" in progress
     assert "decode 39 tokens at" in progress and "s of compilation" in progress
+    assert cli(*arguments, "--max-new-tokens", 4, "--kv-dtype", "fp8") == 0
+    assert "decode 3 tokens at" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -775,3 +775,36 @@ def test_load_without_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"needs safetensors: pip install 'jaxattn\[models\]'"):
         llama.load(tmp_path)
+
+
+def nll(logits, tokens):
+    """Mean negative log-likelihood of each token after those before it, in nats."""
+    shifted = logits[:-1] - logits[:-1].max(axis=1, keepdims=True)
+    log_probability = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return -log_probability[np.arange(len(tokens) - 1), tokens[1:]].mean()
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "distance"), [(jnp.float8_e4m3fn, 0.03), (jnp.float8_e5m2, 0.06)]
+)
+@pytest.mark.parametrize("decode", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_fp8_cache_keeps_the_logits(decode, kv_dtype, distance):
+    """Logits stay within 3% (e5m2: 6%) of their own size, tokens within 0.01 nats, of a cache of the weights' dtype.
+
+    The tokens are the model's own choice, so that it has something to be sure of.
+    """
+    params = random_params(CONFIG, jnp.bfloat16)
+    requests = random_prompts([60, 41])
+    for _ in range(2):
+        logits = paged_logits(params, CONFIG, requests, piece=30)
+        requests = [
+            [x[0], *np.argmax(y[:-1], axis=1).tolist()]
+            for x, y in zip(requests, logits, strict=True)
+        ]
+    how = dict(decode=decode, piece=30)
+    plain = paged_logits(params, CONFIG, requests, **how)
+    ours = paged_logits(params, CONFIG, requests, kv_dtype=kv_dtype, **how)
+    for a, b, tokens in zip(ours, plain, requests, strict=True):
+        off = np.sqrt(np.mean((a - b) ** 2)) / np.std(b)
+        assert 0 < off < distance
+        assert abs(nll(a, tokens) - nll(b, tokens)) < 0.01

@@ -37,9 +37,10 @@ def plan_of(qo_len=2048, heads=(8, 2), **how):
     )
 
 
-def reason(dtype=jnp.bfloat16, d=128, dv=128, plan=None, **how):
+def reason(dtype=jnp.bfloat16, d=128, dv=128, kv_dtype=None, plan=None, **how):
     how = dict(score_mods=False, out_dtype=dtype) | how
-    return why_not_attention(jnp.zeros((2048, 8, d), dtype), dv, plan or plan_of(), **how)
+    values = jnp.zeros((1, 1, 1, dv), kv_dtype or dtype)
+    return why_not_attention(jnp.zeros((2048, 8, d), dtype), values, plan or plan_of(), **how)
 
 
 def test_what_it_does_not_serve_has_a_reason(monkeypatch):
@@ -48,6 +49,7 @@ def test_what_it_does_not_serve_has_a_reason(monkeypatch):
     assert "float32" in reason(dtype=jnp.float32)
     assert "96" in reason(d=96, dv=96)
     assert "128 and 64" in reason(dv=64)
+    assert "float8" in reason(kv_dtype=jnp.float8_e4m3fn)
     assert "out_dtype" in reason(out_dtype=jnp.float32)
     assert "score_mod" in reason(score_mods=True)
     spans = jnp.full((2048, 2), -1, jnp.int32)

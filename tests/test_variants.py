@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_lse, assert_rivals, make_paged, rounded
+from helpers import assert_lse, assert_rivals, make_paged, rounded, with_scales
 from variants import (
     Variant,
     attend,
@@ -37,6 +37,8 @@ def check(
     group=2,
     head_dim=(64, 64),
     dtype=jnp.float32,
+    kv_dtype=None,
+    scales=None,
     layout="NHD",
     splits=None,
     out_dtype=None,
@@ -55,10 +57,12 @@ def check(
         num_kv_heads=kh,
         head_dim=d,
         head_dim_v=dv,
-        dtype=dtype,
+        dtype=kv_dtype or dtype,
         layout=layout.split()[0],
         combined="combined" in layout,
     )
+    if scales:
+        paged = with_scales(paged, scales)
     total = sum(qo_lens)
     rng = np.random.default_rng(1)
     q = rounded(rng.standard_normal((total + padding, h, d), np.float32), dtype)
@@ -141,7 +145,8 @@ def hidden(paged, sees, page_size):
                 x[indices[at]] = np.nan
             indices[at] = [-1, 10**6, indices[0]][page % 3]
     data = [jnp.asarray(x).astype(paged.cache.dtype) for x in arrays]
-    cache = ja.PagedKVCache(data[0] if paged.cache.combined else tuple(data), paged.cache.layout)
+    data = data[0] if paged.cache.combined else tuple(data)
+    cache = dataclasses.replace(paged.cache, data=data)
     table = ja.PageTable(paged.table.indptr, i32(indices), paged.table.last_page_len, page_size)
     return cache, table
 

@@ -43,7 +43,7 @@ def random_prompts(lengths, vocab_size=256, seed=0) -> list[list[int]]:
 
 
 def paged_logits(
-    params, config, requests, *, piece=None, decode=False, page_size=5, backend=None
+    params, config, requests, *, piece=None, decode=False, page_size=5, kv_dtype=None, backend=None
 ) -> list[np.ndarray]:
     """Logits [t_i, vocab] of each request's tokens, which pass through the paged cache together.
 
@@ -55,7 +55,7 @@ def paged_logits(
     width = -(-max(lengths) // page_size)
     pages = np.random.default_rng(0).permutation(len(requests) * width + 2)
     block_table = jnp.asarray(pages[:-2].reshape(len(requests), width), jnp.int32)
-    dtype = params.embed_tokens.dtype
+    dtype = kv_dtype or params.embed_tokens.dtype
     caches = llama.empty_caches(config, len(pages), page_size, dtype)
     # What no request owns must not matter.
     caches = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), caches)

@@ -13,7 +13,18 @@ import jax
 import numpy as np
 import torch
 
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
+from benchmarks.cases import (
+    Append,
+    Attention,
+    Cached,
+    Case,
+    Loop,
+    Merge,
+    Norm,
+    Plan,
+    Rope,
+    RopeAppend,
+)
 from benchmarks.inputs import EPS, AttentionInputs
 from benchmarks.timing import Call
 
@@ -28,6 +39,10 @@ def versions() -> dict[str, str]:
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
     if jax.default_backend() != "gpu" or isinstance(case, Loop | Plan):
         return {}
+    if isinstance(case, Cached) and case.kv_dtype:
+        # Its append casts and scales nothing, and no kernel of its takes a scale for each token.
+        if not isinstance(case, Attention) or case.kv_scales == "token":
+            return {}
     if not isinstance(case, Attention):
         calls = {"flashinfer": lambda: _call(case, inputs)}
         if isinstance(case, RopeAppend) and _has_fused(case):
@@ -38,7 +53,9 @@ def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
     if case.sinks:
         return {}  # its ordinary kernels leave sinks out; those that have them are compiled on the spot, with nvcc
     make = {"decode": _decode, "decode_step": _decode_step, "prefill": _prefill}[case.op]
-    choices = ("fa2", "fa3") if case.op == "prefill" else ("cuda-cores", "tensor-cores")
+    choices = ["fa2", "fa3"] if case.op == "prefill" else ["cuda-cores", "tensor-cores"]
+    if case.kv_dtype and case.op == "prefill":
+        choices.remove("fa3")  # which wants q in 8 bits too
     return {
         f"flashinfer-{choice}": functools.partial(make, case, inputs, choice) for choice in choices
     }
@@ -161,6 +178,10 @@ def probe() -> Call:
 
 
 def _torch(array: jax.Array) -> torch.Tensor:
+    name = array.dtype.name
+    if name.startswith("float8"):  # DLPack has no name for it everywhere
+        array = jax.lax.bitcast_convert_type(array, jax.numpy.uint8)
+        return torch.from_dlpack(jax.block_until_ready(array)).view(getattr(torch, name))
     return torch.from_dlpack(jax.block_until_ready(array))
 
 
@@ -179,10 +200,12 @@ def _host(x: Any) -> torch.Tensor:
 
 def _paged_call(wrapper: Any, x: AttentionInputs) -> Call:
     q, cache = _torch(x.q), tuple(map(_torch, x.caches[0].arrays))
-    out = torch.empty_like(q)
+    out, scales = torch.empty_like(q), {}
+    if (own := x.caches[0].scales) is not None:
+        scales = dict(k_scale=float(own.k), v_scale=float(own.v))
 
     def run():
-        wrapper.run(q, cache, out=out, enable_pdl=False)
+        wrapper.run(q, cache, out=out, enable_pdl=False, **scales)
         return (out,)
 
     return Call(run, _wait)
@@ -199,14 +222,15 @@ def _plan_decode(wrapper: Any, case: Attention, x: AttentionInputs) -> Any:
         case.num_kv_heads,
         case.head_dim,
         case.page_size,
-        q_data_type=getattr(torch, case.dtype),
         **_variant(case),
     )
 
 
 def _variant(case: Attention) -> dict[str, Any]:
     window = -1 if case.window_left is None else case.window_left
-    return dict(window_left=window, logits_soft_cap=case.soft_cap)
+    types = dict(q_data_type=getattr(torch, case.dtype))
+    types |= dict(kv_data_type=getattr(torch, case.kv_dtype or case.dtype))
+    return dict(window_left=window, logits_soft_cap=case.soft_cap, **types)
 
 
 def _decode(case: Attention, x: AttentionInputs, choice: str) -> Call:
@@ -219,7 +243,7 @@ def _decode(case: Attention, x: AttentionInputs, choice: str) -> Call:
 
 def _prefill(case: Attention, x: AttentionInputs, choice: str) -> Call:
     shape = (case.num_qo_heads, case.num_kv_heads, case.head_dim)
-    how = dict(causal=case.causal, q_data_type=getattr(torch, case.dtype), **_variant(case))
+    how = dict(causal=case.causal, **_variant(case))
     if x.tree is not None:
         how |= dict(
             custom_mask=torch.from_numpy(np.concatenate([m.ravel() for m in x.tree])).cuda()

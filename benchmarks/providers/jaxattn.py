@@ -16,7 +16,15 @@ import numpy as np
 
 import jaxattn as ja
 from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
-from benchmarks.inputs import EPS, AttentionInputs, LoopInputs, appended, loop_config
+from benchmarks.inputs import (
+    EPS,
+    AttentionInputs,
+    LoopInputs,
+    appended,
+    loop_config,
+    with_written,
+    written,
+)
 from benchmarks.timing import Call
 from jaxattn.generate import Requests, Sampling, State, decode_steps
 from jaxattn.models import llama
@@ -52,15 +60,19 @@ def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool 
             plan_arrays = jax.jit(plan_arrays)
             return Call(lambda: plan_arrays(x.table))
         case Append():
+            pages = written(x.cache)
 
-            def append(k, v, key, value, batch_indices, positions, table):
-                cache = ja.PagedKVCache((k, v))
-                return ja.append_paged_kv_cache(
-                    key, value, batch_indices, positions, cache, table, backend=backend
-                ).arrays
+            def append(*args):
+                cache = with_written(x.cache, args[: len(pages)])
+                key, value, batch_indices, positions, table = args[len(pages) :]
+                return written(
+                    ja.append_paged_kv_cache(
+                        key, value, batch_indices, positions, cache, table, backend=backend
+                    )
+                )
 
             new = (x.key, x.value, x.batch_indices, x.positions)
-            return in_place(append, x.cache.arrays, (*new, x.pages.table))
+            return in_place(append, pages, (*new, x.pages.table))
         case Merge():
             merge = jax.jit(functools.partial(ja.merge_states, lse_base="log2", backend=backend))
             return Call(lambda: merge(x.v, x.s))
@@ -81,21 +93,24 @@ def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool 
         case RopeAppend():
             fused_or_not: Any = _rope_append_by_parts if separate else ja.rope_append_paged_kv_cache
 
-            def rope_append(k, v, norm_weights, table, *tokens):
+            pages = written(x.cache)
+
+            def rope_append(*args):
+                norm_weights, table, *tokens = args[len(pages) :]
                 q_weight, k_weight = norm_weights or (None, None)
                 q, cache = fused_or_not(
                     *tokens,
-                    ja.PagedKVCache((k, v)),
+                    with_written(x.cache, args[: len(pages)]),
                     table,
                     q_norm_weight=q_weight,
                     k_norm_weight=k_weight,
                     eps=EPS,
                     backend=backend,
                 )
-                return (*cache.arrays, q)
+                return (*written(cache), q)
 
             tokens = (x.qkv, x.batch_indices, x.positions, x.cos_sin_cache)
-            return in_place(rope_append, x.cache.arrays, (x.norm_weights, x.pages.table, *tokens))
+            return in_place(rope_append, pages, (x.norm_weights, x.pages.table, *tokens))
         case Loop():
             return _decode_loop(case, x, backend, separate)
     raise TypeError(f"no call for {type(case).__name__}")

@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import paged_prefill
-from jaxattn.flashinfer.arguments import check_as_constructed, one_dtype
+from jaxattn.flashinfer.arguments import check_as_constructed, q_and_kv_dtype
 from jaxattn.flashinfer.options import flashinfer_options
 from jaxattn.flashinfer.paged_prefill import BatchPrefillWithPagedKVCacheWrapper
 
@@ -57,8 +57,10 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
             custom_mask_buf,
             mask_indptr_buf,
         )
+        q_dtype, kv_dtype = q_and_kv_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type)
         self._constructed: dict[str, Any] = {
-            "q_data_type": one_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type),
+            "q_data_type": q_dtype,
+            "kv_data_type": kv_dtype,
             "head_dim_qk": head_dim_qk,
             "head_dim_vo": head_dim_vo,
             "pos_encoding_mode": pos_encoding_mode,
@@ -76,8 +78,8 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
         sink: Array,
         sm_scale: float,
         *,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
+        q_scale: ArrayLike | None = None,
+        k_scale: ArrayLike | None = None,
         v_scale: ArrayLike | None = None,
         out: None = None,
         lse: None = None,

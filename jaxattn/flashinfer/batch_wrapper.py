@@ -19,13 +19,13 @@ from jaxattn.checks import (
     check_positive,
     check_shape,
 )
-from jaxattn.flashinfer.arguments import check_layout, check_scalar
+from jaxattn.flashinfer.arguments import check_layout
 from jaxattn.flashinfer.index_arrays import index_array, pad, power_of_two
 from jaxattn.flashinfer.logits import Logits
 from jaxattn.flashinfer.masks import CustomMask
 from jaxattn.flashinfer.options import flashinfer_options
-from jaxattn.flashinfer.programs import attend
-from jaxattn.kv_cache import PageTable
+from jaxattn.flashinfer.programs import Scales, attend
+from jaxattn.kv_cache import PagedKVCache, PageTable
 from jaxattn.merge import LSE_BASES
 from jaxattn.plan import AttentionPlan
 from jaxattn.spec import Visible
@@ -38,9 +38,10 @@ class Planned:
     make: Callable[[int], AttentionPlan]  # the plan for a number of rows of q
     rows: int | None  # rows that q must have; None: only a qo_indptr on the device knows
     num_qo_heads: int
+    num_kv_heads: int
     head_dim: int
     head_dim_vo: int
-    dtype: jnp.dtype
+    dtypes: tuple[jnp.dtype, jnp.dtype]  # of q and of keys and values
     o_dtype: jnp.dtype
     logits: Logits
     window_left: int
@@ -209,7 +210,7 @@ class BatchWrapper:
         num_qo_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        dtype: jnp.dtype,
+        dtypes: tuple[jnp.dtype, jnp.dtype],
         o_dtype: jnp.dtype,
         logits: Logits,
         *,
@@ -227,9 +228,10 @@ class BatchWrapper:
             make,
             rows,
             num_qo_heads,
+            num_kv_heads,
             head_dim,
             head_dim_vo,
-            dtype,
+            dtypes,
             o_dtype,
             logits,
             window_left,
@@ -259,8 +261,8 @@ class BatchWrapper:
         q: Array,
         kv: Any,
         *,
-        q_scale: float | None,
-        k_scale: float | None,
+        q_scale: ArrayLike | None,
+        k_scale: ArrayLike | None,
         v_scale: ArrayLike | None,
         return_lse: bool,
         lse_base: str,
@@ -277,17 +279,26 @@ class BatchWrapper:
                 f"{window_left}: call plan(..., window_left={window_left})"
             )
         check_shape("q", q, ("rows", planned.num_qo_heads, planned.head_dim))
-        for name, x in [("q", q), *(("kv", x) for x in jax.tree.leaves(kv))]:
-            check_array(name, x)
-            if x.dtype != planned.dtype:
-                raise ValueError(
-                    f"{name} must be {planned.dtype}, the {name}_data_type of plan; got {x.dtype}: "
-                    f"cast it, or call plan(..., {name}_data_type={x.dtype.name!r})"
-                )
-        for x in jax.tree.leaves(kv)[:1]:
+        is_cache = isinstance(kv, PagedKVCache)
+        arrays = kv.arrays if is_cache else jax.tree.leaves(kv)
+        for name, xs, dtype in zip(("q", "kv"), ([q], arrays), planned.dtypes):
+            for x in xs:
+                check_array(name, x)
+                if x.dtype != dtype:
+                    raise ValueError(
+                        f"{name} must be {dtype}, the {name}_data_type of plan; got {x.dtype}: "
+                        f"cast it, or call plan(..., {name}_data_type={x.dtype.name!r})"
+                    )
+        scales = Scales(q_scale, k_scale, v_scale)
+        scales.check(planned.num_qo_heads, planned.num_kv_heads)
+        if is_cache and kv.scales is not None and (k_scale is not None or v_scale is not None):
+            raise ValueError(
+                "k_scale and v_scale must be None for a cache that has scales: give them in one place"
+            )
+        for x in arrays[:1]:
             if x.ndim:  # pages are the first axis of every form of a cache
                 planned.check_cache(x.shape[0])
-        for x in jax.tree.leaves(kv)[-1:]:
+        for x in arrays[-1:]:
             if x.ndim and x.shape[-1] != planned.head_dim_vo:
                 raise ValueError(
                     f"v must have head_dim {planned.head_dim_vo}, as planned; got {x.shape[-1]}"
@@ -311,9 +322,9 @@ class BatchWrapper:
             kv,
             planned.plan(capacity),
             sinks,
-            check_scalar("v_scale", v_scale),
+            scales,
             kv_layout=self._kv_layout,
-            logits=planned.logits.scaled(sm_scale, q_scale=q_scale, k_scale=k_scale),
+            logits=planned.logits.scaled(sm_scale),
             out_dtype=planned.o_dtype,
             lse_base=lse_base if return_lse else None,
         )

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import paged_prefill
 from jaxattn.checks import check_int32, check_shape
-from jaxattn.flashinfer.arguments import check_as_constructed, float_dtype, one_dtype
+from jaxattn.flashinfer.arguments import check_as_constructed, float_dtype, q_and_kv_dtype
 from jaxattn.flashinfer.batch_wrapper import BatchWrapper
 from jaxattn.flashinfer.index_arrays import Indices, last, pad
 from jaxattn.flashinfer.logits import Logits
@@ -50,11 +50,11 @@ class BatchPrefillWithCausalBidirectionalRangesWrapper(BatchWrapper):
         head_dim_vo: int = 128,
     ):
         super().__init__(kv_layout)
-        dtype = one_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type)
-        o_dtype = dtype if o_data_type is None else float_dtype("o_data_type", o_data_type)
+        dtypes = q_and_kv_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type)
+        o_dtype = dtypes[0] if o_data_type is None else float_dtype("o_data_type", o_data_type)
         self._constructed: dict[str, Any] = dict(
-            q_data_type=dtype,
-            kv_data_type=dtype,
+            q_data_type=dtypes[0],
+            kv_data_type=dtypes[1],
             o_data_type=o_dtype,
             head_dim_qk=head_dim_qk,
             head_dim_vo=head_dim_vo,
@@ -157,7 +157,7 @@ class BatchPrefillWithCausalBidirectionalRangesWrapper(BatchWrapper):
             **heads,
             head_dim=head_dim_qk,
             head_dim_vo=self._constructed["head_dim_vo"],
-            dtype=self._constructed["q_data_type"],
+            dtypes=(self._constructed["q_data_type"], self._constructed["kv_data_type"]),
             o_dtype=self._constructed["o_data_type"],
             logits=Logits.of(head_dim_qk, sm_scale, None, "NONE"),
             check_pages=check_pages,
@@ -177,8 +177,8 @@ class BatchPrefillWithCausalBidirectionalRangesWrapper(BatchWrapper):
         bidirectional_ranges: ArrayLike,
         causal_window_left: int = -1,
         range_window_left: int = -1,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
+        q_scale: ArrayLike | None = None,
+        k_scale: ArrayLike | None = None,
         v_scale: ArrayLike | None = None,
         out: None = None,
         lse: None = None,

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import paged_decode, paged_prefill
 from jaxattn.checks import check_positive
-from jaxattn.flashinfer.arguments import float_dtype, one_dtype
+from jaxattn.flashinfer.arguments import float_dtype, q_and_kv_dtype
 from jaxattn.flashinfer.batch_wrapper import BatchWrapper
 from jaxattn.flashinfer.index_arrays import Indices, host_kv_len
 from jaxattn.flashinfer.logits import Logits
@@ -107,7 +107,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
           num_qo_heads, num_kv_heads, head_dim, page_size: of q and the cache.
           pos_encoding_mode, logits_soft_cap: as for `BatchPrefillWithPagedKVCacheWrapper.plan`.
           window_left: keys that a query sees before its own position, besides its own; -1: all.
-          q_data_type: dtype of q, by default float16 as in FlashInfer; kv_data_type follows it.
+          q_data_type: dtype of q, by default float16 as in FlashInfer.
+          kv_data_type: q's, which is the default, float8_e4m3fn or float8_e5m2.
           o_data_type: dtype of the output; default: q's.
           data_type: the kv_data_type where that is None; also the q_data_type where that is None.
           sm_scale: default 1 / sqrt(head_dim).
@@ -123,13 +124,14 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             a request with keys, but fewer than q_len_per_req, where lengths are on the host.
           KeyError: an unknown pos_encoding_mode.
           NotImplementedError: an option that is not built, pos_encoding_mode="ROPE_LLAMA", a
-            kv_data_type other than q's and is_causal=False for several tokens among them.
+            kv_data_type that is neither q's nor a float8, and is_causal=False for several tokens among
+            them.
         """
-        dtype = one_dtype(
+        dtypes = q_and_kv_dtype(
             q_data_type=data_type if q_data_type is None else q_data_type,
             kv_data_type=data_type if kv_data_type is None else kv_data_type,
         )
-        o_dtype = dtype if o_data_type is None else float_dtype("o_data_type", o_data_type)
+        o_dtype = dtypes[0] if o_data_type is None else float_dtype("o_data_type", o_data_type)
         logits = Logits.of(head_dim, sm_scale, logits_soft_cap, pos_encoding_mode)
         check_positive(q_len_per_req=q_len_per_req)
         if is_causal is False and q_len_per_req > 1:
@@ -170,7 +172,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             num_qo_heads,
             num_kv_heads,
             head_dim,
-            dtype,
+            dtypes,
             o_dtype,
             logits,
             window_left=window_left,
@@ -202,8 +204,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
         q: Array,
         paged_kv_cache: Any,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
+        q_scale: ArrayLike | None = None,
+        k_scale: ArrayLike | None = None,
         v_scale: ArrayLike | None = None,
         out: None = None,
         lse: None = None,
@@ -224,8 +226,11 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             cutting the result, each compiled anew for another batch size.
           paged_kv_cache: a tuple of 4-D arrays (k, v), or one 5-D array, in kv_layout; with
             page_size 1 the page axis may be missing. Also a `PagedKVCache`.
-          q_scale, k_scale: Python numbers that multiply sm_scale; each value is compiled anew.
-          v_scale: a number or scalar array that multiplies the output.
+          q_scale: what q is multiplied by, a positive number, or a float array of shape [] or
+            [num_qo_heads]. The product is rounded to q's dtype.
+          k_scale, v_scale: what keys and values are multiplied by: positive numbers, or float arrays
+            of shape [] or [num_kv_heads]. No value is compiled anew, and no pass is made over the cache
+            or the output. None for a `PagedKVCache` that has scales, such as each token's own.
           return_lse: also return the logsumexp of the logits.
           window_left, q_len_per_req: None, or those of plan.
           sinks: float32 [num_qo_heads], a further logit of each head (natural, not scaled by

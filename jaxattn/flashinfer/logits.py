@@ -6,7 +6,6 @@ import math
 import numpy as np
 
 from jaxattn.checks import check_positive, check_scale
-from jaxattn.flashinfer.arguments import fold_scales
 from jaxattn.spec import check_soft_cap
 
 POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
@@ -57,10 +56,11 @@ class Logits:
             pos_encoding_mode == "ALIBI",
         )
 
-    def scaled(self, sm_scale: float | None = None, **scales: float | None) -> "Logits":
-        """With another sm_scale, if given, times the scales of q and k."""
-        sm_scale = self.sm_scale if sm_scale is None else check_scale(sm_scale, 1)
-        return dataclasses.replace(self, sm_scale=fold_scales(sm_scale, **scales))
+    def scaled(self, sm_scale: float | None) -> "Logits":
+        """With another sm_scale, if given."""
+        if sm_scale is None:
+            return self
+        return dataclasses.replace(self, sm_scale=check_scale(sm_scale, 1))
 
 
 def alibi_slopes(num_qo_heads: int) -> np.ndarray:

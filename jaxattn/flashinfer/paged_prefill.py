@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import paged_prefill
-from jaxattn.flashinfer.arguments import float_dtype, one_dtype
+from jaxattn.flashinfer.arguments import float_dtype, q_and_kv_dtype
 from jaxattn.flashinfer.batch_wrapper import BatchWrapper
 from jaxattn.flashinfer.index_arrays import Indices, host_kv_len, last
 from jaxattn.flashinfer.logits import Logits
@@ -133,7 +133,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             else says what it sees; -1: all.
           logits_soft_cap: logits become `cap * tanh(logit / cap)`, before ALiBi; None or 0: as they
             are.
-          q_data_type: dtype of q, by default float16 as in FlashInfer; kv_data_type follows it.
+          q_data_type: dtype of q, by default float16 as in FlashInfer.
+          kv_data_type: q's, which is the default, float8_e4m3fn or float8_e5m2.
           o_data_type: dtype of the output; default: q's.
           sm_scale: default 1 / sqrt(head_dim_qk).
           fixed_split_size, disable_split_kv: as for `plan_prefill`, the size in pages; not both.
@@ -142,13 +143,14 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
           ValueError, TypeError: arrays or sizes that do not fit each other or the fixed capacities.
           KeyError: an unknown pos_encoding_mode.
           NotImplementedError: an option that is not built, pos_encoding_mode="ROPE_LLAMA" and a
-            kv_data_type other than q's among them.
+            kv_data_type that is neither q's nor a float8 among them.
         """
-        dtype = one_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type)
-        o_dtype = dtype if o_data_type is None else float_dtype("o_data_type", o_data_type)
+        dtypes = q_and_kv_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type)
+        o_dtype = dtypes[0] if o_data_type is None else float_dtype("o_data_type", o_data_type)
         self._check_plan(
             {
-                "q_data_type": dtype,
+                "q_data_type": dtypes[0],
+                "kv_data_type": dtypes[1],
                 "head_dim_qk": head_dim_qk,
                 "head_dim_vo": head_dim_qk if head_dim_vo is None else head_dim_vo,
                 "pos_encoding_mode": pos_encoding_mode,
@@ -179,7 +181,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
             **heads,
             head_dim=head_dim_qk,
             head_dim_vo=head_dim_vo,
-            dtype=dtype,
+            dtypes=dtypes,
             o_dtype=o_dtype,
             logits=logits,
             window_left=window_left,
@@ -194,8 +196,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchWrapper):
         q: Array,
         paged_kv_cache: Any,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
+        q_scale: ArrayLike | None = None,
+        k_scale: ArrayLike | None = None,
         v_scale: ArrayLike | None = None,
         out: None = None,
         lse: None = None,

@@ -1,9 +1,10 @@
 """The compiled programs that all wrappers share."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxattn.attention import ragged_prefill
+from jaxattn.flashinfer.arguments import check_scale_of
 from jaxattn.flashinfer.logits import Logits, alibi_slopes
 from jaxattn.flashinfer.masks import CustomMask
 from jaxattn.kv_cache import PagedKVCache, PageTable, get_batch_indices_positions
+from jaxattn.kv_scales import KVScales
 from jaxattn.plan import AttentionPlan, plan_decode, plan_prefill, plan_ragged_prefill
 
 _STATIC = ("num_qo_heads", "num_kv_heads", "fixed_split_size", "disable_split_kv", "window_left")
@@ -61,6 +64,35 @@ def compiled_plan_of_ranges(
     return plan_prefill(qo_indptr, page_table, causal=True, bidirectional_spans=ranges, **how)
 
 
+class Scales(NamedTuple):
+    """What q, k and v are multiplied by: numbers or arrays, [] or one element a head; None: nothing."""
+
+    q: ArrayLike | None = None
+    k: ArrayLike | None = None
+    v: ArrayLike | None = None
+
+    def check(self, num_qo_heads: int, num_kv_heads: int) -> None:
+        """Raises ValueError for what is no scale of so many heads."""
+        heads = (num_qo_heads, num_kv_heads, num_kv_heads)
+        for name, x, count in zip(self._fields, self, heads):
+            check_scale_of(f"{name}_scale", x, count)
+
+    def applied(self, q: Array, own: KVScales | None) -> tuple[Array, KVScales | None]:
+        """q, and the scales of keys and values; own: those that a cache came with.
+
+        One scale for all of q is as good for k. A product with q is rounded.
+        """
+        q_scale, k_scale = self.q, self.k
+        if q_scale is not None and (own is not None or jnp.ndim(q_scale)):
+            by_head = jnp.broadcast_to(jnp.asarray(q_scale).astype(jnp.float32), q.shape[1:2])
+            q = (q.astype(jnp.float32) * by_head[None, :, None]).astype(q.dtype)
+        elif q_scale is not None:
+            k_scale = q_scale if k_scale is None else jnp.asarray(k_scale) * q_scale
+        if k_scale is None and self.v is None:
+            return q, own
+        return q, KVScales.of(k_scale, self.v)
+
+
 @functools.partial(jax.jit, static_argnames=("op", "kv_layout", "logits", "out_dtype", "lse_base"))
 def attend(
     op: Callable[..., Any],
@@ -68,7 +100,7 @@ def attend(
     kv: Any,
     plan: AttentionPlan,
     sinks: Array | None,
-    v_scale: ArrayLike | None,
+    scales: Scales,
     *,
     kv_layout: str,
     logits: Logits,
@@ -76,13 +108,15 @@ def attend(
     lse_base: str | None,
 ) -> Any:
     """The op on what its wrapper was given; without an lse_base, o alone."""
+    own = kv.scales if isinstance(kv, PagedKVCache) else None
+    q, kv_scales = scales.applied(q, own)
     if op is ragged_prefill:
-        op = functools.partial(op, q, *kv, plan, kv_layout=kv_layout)
+        op = functools.partial(op, q, *kv, plan, kv_layout=kv_layout, kv_scales=kv_scales)
     else:
         # Outside of jit, a page axis that is missing would cost a copy of the cache.
         is_cache = isinstance(kv, PagedKVCache)
         cache = kv if is_cache else PagedKVCache.from_flashinfer(kv, kv_layout)
-        op = functools.partial(op, q, cache, plan)
+        op = functools.partial(op, q, dataclasses.replace(cache, scales=kv_scales), plan)
     o, lse = op(
         sm_scale=logits.sm_scale,
         logits_soft_cap=logits.soft_cap,
@@ -91,8 +125,6 @@ def attend(
         out_dtype=out_dtype,
         return_lse=True,
     )
-    if v_scale is not None:
-        o = (o.astype(jnp.float32) * v_scale).astype(o.dtype)
     if lse_base is None:
         return o
     return o, lse if lse_base == "ln" else lse * jnp.float32(1 / math.log(2))

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import ragged_prefill
 from jaxattn.checks import check_shape
-from jaxattn.flashinfer.arguments import float_dtype, one_dtype
+from jaxattn.flashinfer.arguments import float_dtype, q_and_kv_dtype
 from jaxattn.flashinfer.batch_wrapper import BatchWrapper
 from jaxattn.flashinfer.index_arrays import Indices, index_array, last
 from jaxattn.flashinfer.logits import Logits
@@ -101,8 +101,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
 
         Raises: as there.
         """
-        dtype = one_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type)
-        o_dtype = dtype if o_data_type is None else float_dtype("o_data_type", o_data_type)
+        dtypes = q_and_kv_dtype(q_data_type=q_data_type, kv_data_type=kv_data_type)
+        o_dtype = dtypes[0] if o_data_type is None else float_dtype("o_data_type", o_data_type)
         logits = Logits.of(head_dim_qk, sm_scale, logits_soft_cap, pos_encoding_mode)
         batch_size = len(index_array("kv_indptr", kv_indptr, "batch_size + 1")) - 1
         qo_indptr = self._fit_indptr("qo_indptr", qo_indptr, batch_size)
@@ -125,7 +125,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
             **heads,
             head_dim=head_dim_qk,
             head_dim_vo=head_dim_vo,
-            dtype=dtype,
+            dtypes=dtypes,
             o_dtype=o_dtype,
             logits=logits,
             window_left=window_left,
@@ -141,8 +141,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchWrapper):
         k: Array,
         v: Array,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
+        q_scale: ArrayLike | None = None,
+        k_scale: ArrayLike | None = None,
         v_scale: ArrayLike | None = None,
         o_scale: float | None = None,
         out: None = None,

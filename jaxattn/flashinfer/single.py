@@ -9,12 +9,12 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxattn.attention import ragged_prefill
-from jaxattn.checks import check_choice, check_scale, check_shape
-from jaxattn.flashinfer.arguments import check_layout, check_scalar, float_dtype, fold_scales
+from jaxattn.checks import check_choice, check_shape
+from jaxattn.flashinfer.arguments import check_layout, float_dtype
 from jaxattn.flashinfer.logits import Logits
 from jaxattn.flashinfer.masks import CustomMask
 from jaxattn.flashinfer.options import flashinfer_options
-from jaxattn.flashinfer.programs import attend, compiled_plan_ragged_prefill
+from jaxattn.flashinfer.programs import Scales, attend, compiled_plan_ragged_prefill
 from jaxattn.merge import LSE_BASES
 
 
@@ -41,7 +41,7 @@ def single_prefill_with_kv_cache(
     backend: str = "auto",
     return_lse: bool = False,
     kv_cache_sf: Any = None,
-    k_scale: float | None = None,
+    k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
     *,
     lse_base: str = "log2",
@@ -51,7 +51,7 @@ def single_prefill_with_kv_cache(
     Args:
       q: [qo_len, num_qo_heads, head_dim]; float16, bfloat16 or float32.
       k, v: [kv_len, num_kv_heads, head_dim] ("NHD") or [num_kv_heads, kv_len, head_dim] ("HND"),
-        q's dtype. V may have a head_dim of its own.
+        q's dtype, float8_e4m3fn or float8_e5m2. V may have a head_dim of its own.
       o_dtype: dtype of the output; default: q's.
       custom_mask: bool [qo_len, kv_len], True where a query sees a key.
       packed_custom_mask: uint8 [ceil(qo_len * kv_len / 8)], the bits of that mask, flattened, as
@@ -65,8 +65,8 @@ def single_prefill_with_kv_cache(
         says what it sees; -1: all.
       logits_soft_cap: logits become `cap * tanh(logit / cap)`; None or 0: as they are.
       return_lse: also return the logsumexp of the logits.
-      k_scale: a Python number that multiplies sm_scale.
-      v_scale: a number or scalar array that multiplies the output.
+      k_scale, v_scale: what keys and values are multiplied by: positive numbers, or float arrays of
+        shape [] or [num_kv_heads].
       lse_base: "log2" or "ln".
 
     Returns:
@@ -78,6 +78,100 @@ def single_prefill_with_kv_cache(
       ValueError, TypeError: shapes or dtypes that do not fit; causal with fewer keys than queries.
       NotImplementedError: an option that is not built.
     """
+    return _single(
+        q,
+        k,
+        v,
+        Scales(None, k_scale, v_scale),
+        o_dtype=o_dtype,
+        custom_mask=custom_mask,
+        packed_custom_mask=packed_custom_mask,
+        causal=causal,
+        kv_layout=kv_layout,
+        pos_encoding_mode=pos_encoding_mode,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        return_lse=return_lse,
+        lse_base=lse_base,
+    )
+
+
+single_prefill_with_kv_cache_return_lse = functools.partial(
+    single_prefill_with_kv_cache, return_lse=True
+)
+
+
+@flashinfer_options()
+def single_decode_with_kv_cache(
+    q: Array,
+    k: Array,
+    v: Array,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_tensor_cores: bool = False,
+    q_scale: ArrayLike | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    sm_scale: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    return_lse: bool = False,
+    *,
+    lse_base: str = "log2",
+) -> Any:
+    """Attention of one query token over its contiguous keys, as FlashInfer's function.
+
+    Args:
+      q: [num_qo_heads, head_dim]; float16, bfloat16 or float32.
+      k, v: [kv_len, num_kv_heads, head_dim] ("NHD") or [num_kv_heads, kv_len, head_dim] ("HND"),
+        q's dtype, float8_e4m3fn or float8_e5m2.
+      q_scale: what q is multiplied by, a positive number, or a float array of shape [] or
+        [num_qo_heads].
+      The rest: as for `single_prefill_with_kv_cache`.
+
+    Returns:
+      o [num_qo_heads, V's head_dim], q's dtype; with return_lse, (o, lse float32 [num_qo_heads]).
+
+    Raises: as `single_prefill_with_kv_cache`.
+    """
+    check_shape("q", q, ("num_qo_heads", "head_dim"))
+    result = _single(
+        q[None],
+        k,
+        v,
+        Scales(q_scale, k_scale, v_scale),
+        kv_layout=kv_layout,
+        pos_encoding_mode=pos_encoding_mode,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        return_lse=return_lse,
+        lse_base=lse_base,
+    )
+    return jax.tree.map(lambda x: x[0], result)
+
+
+def _single(
+    q: Array,
+    k: Array,
+    v: Array,
+    scales: Scales,
+    *,
+    o_dtype: DTypeLike | None = None,
+    custom_mask: ArrayLike | None = None,
+    packed_custom_mask: ArrayLike | None = None,
+    causal: bool = False,
+    kv_layout: str,
+    pos_encoding_mode: str,
+    sm_scale: float | None,
+    window_left: int,
+    logits_soft_cap: float | None,
+    return_lse: bool,
+    lse_base: str,
+) -> Any:
     check_layout(kv_layout)
     check_choice("lse_base", lse_base, LSE_BASES)
     check_shape("q", q, ("qo_len", "num_qo_heads", "head_dim"))
@@ -85,6 +179,7 @@ def single_prefill_with_kv_cache(
     qo_len, num_qo_heads, head_dim = q.shape
     logits = Logits.of(head_dim, sm_scale, logits_soft_cap, pos_encoding_mode)
     kv_len, num_kv_heads = (k.shape[kv_layout.index(axis)] for axis in "NH")
+    scales.check(num_qo_heads, num_kv_heads)
     if packed_custom_mask is None and custom_mask is not None:
         check_shape("custom_mask", custom_mask, (qo_len, kv_len))
     qo_indptr = np.array([0, qo_len], np.int32)
@@ -109,66 +204,9 @@ def single_prefill_with_kv_cache(
         (k, v),
         plan,
         None,
-        check_scalar("v_scale", v_scale),
+        scales,
         kv_layout=kv_layout,
-        logits=logits.scaled(k_scale=k_scale),
+        logits=logits,
         out_dtype=q.dtype if o_dtype is None else float_dtype("o_dtype", o_dtype),
         lse_base=lse_base if return_lse else None,
     )
-
-
-single_prefill_with_kv_cache_return_lse = functools.partial(
-    single_prefill_with_kv_cache, return_lse=True
-)
-
-
-@flashinfer_options()
-def single_decode_with_kv_cache(
-    q: Array,
-    k: Array,
-    v: Array,
-    kv_layout: str = "NHD",
-    pos_encoding_mode: str = "NONE",
-    use_tensor_cores: bool = False,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: ArrayLike | None = None,
-    window_left: int = -1,
-    logits_soft_cap: float | None = None,
-    sm_scale: float | None = None,
-    rope_scale: float | None = None,
-    rope_theta: float | None = None,
-    return_lse: bool = False,
-    *,
-    lse_base: str = "log2",
-) -> Any:
-    """Attention of one query token over its contiguous keys, as FlashInfer's function.
-
-    Args:
-      q: [num_qo_heads, head_dim]; float16, bfloat16 or float32.
-      k, v: [kv_len, num_kv_heads, head_dim] ("NHD") or [num_kv_heads, kv_len, head_dim] ("HND"),
-        q's dtype.
-      q_scale, k_scale: Python numbers that multiply sm_scale.
-      The rest: as for `single_prefill_with_kv_cache`.
-
-    Returns:
-      o [num_qo_heads, V's head_dim], q's dtype; with return_lse, (o, lse float32 [num_qo_heads]).
-
-    Raises: as `single_prefill_with_kv_cache`.
-    """
-    check_shape("q", q, ("num_qo_heads", "head_dim"))
-    result = single_prefill_with_kv_cache(
-        q[None],
-        k,
-        v,
-        kv_layout=kv_layout,
-        pos_encoding_mode=pos_encoding_mode,
-        window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
-        sm_scale=fold_scales(check_scale(sm_scale, q.shape[-1]), q_scale=q_scale),
-        return_lse=return_lse,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        lse_base=lse_base,
-    )
-    return jax.tree.map(lambda x: x[0], result)

@@ -28,6 +28,7 @@ from jaxattn.append import rope_append_paged_kv_cache
 from jaxattn.attention import paged_decode, paged_prefill
 from jaxattn.checks import FLOAT_DTYPES, check_positive
 from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.kv_scales import FP8_DTYPES
 from jaxattn.models.checkpoint import Checkpoint, read_json
 from jaxattn.models.config import LlamaConfig
 from jaxattn.models.config import RopeConfig as RopeConfig
@@ -216,11 +217,10 @@ def load(
 def empty_caches(
     config: LlamaConfig, num_pages: int, page_size: int, dtype: jax.typing.DTypeLike
 ) -> Caches:
-    """One empty cache per layer; `dtype` is the weights'."""
-    return tuple(
-        PagedKVCache.zeros(num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
-        for _ in range(config.num_layers)
-    )
+    """One empty cache per layer; `dtype` is the weights', or a float8, then with a scale for each token and head."""
+    scales = "token" if jnp.dtype(dtype).name in FP8_DTYPES else None
+    shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
+    return tuple(PagedKVCache.zeros(*shape, dtype, scales=scales) for _ in range(config.num_layers))
 
 
 def longest_context(config: LlamaConfig) -> int:
@@ -283,7 +283,7 @@ def forward(
     Args:
       params, config: from `load`.
       batch: t tokens of b requests.
-      caches: one per layer, in the weights' dtype; updated in place where donated.
+      caches: one per layer, from `empty_caches`; updated in place where donated.
       cos_sin_cache: from `rope_table`.
       rows: int32 [r], the tokens whose logits are wanted.
       backend: "triton", "xla", "interpret" or None, for every op.

@@ -487,6 +487,7 @@ def contiguous_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    kv_scales: None,
     plan: AttentionPlan,
     sinks: jax.Array | None,
     score_mods: tuple[()],

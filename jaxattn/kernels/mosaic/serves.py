@@ -26,20 +26,22 @@ def why_not() -> str | None:
 
 def why_not_attention(
     q: jax.Array,
-    head_dim_v: int,
+    values: jax.Array,
     plan: AttentionPlan,
     *,
     score_mods: bool,
     out_dtype: jax.typing.DTypeLike,
 ) -> str | None:
-    """Why this attention does not run here; None: it does."""
+    """Why this attention does not run here, None: it does; values: V, or the array that holds it."""
     if (reason := why_not()) is not None:
         return reason
     d = q.shape[-1]
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16; q is {q.dtype}"
-    if d not in HEAD_DIMS or head_dim_v != d:
-        return f"it takes head_dim {HEAD_DIMS}, the same for V; got {d} and {head_dim_v}"
+    if values.dtype != q.dtype:
+        return f"it takes keys and values of q's dtype, {q.dtype}; got {values.dtype}"
+    if d not in HEAD_DIMS or values.shape[-1] != d:
+        return f"it takes head_dim {HEAD_DIMS}, the same for V; got {d} and {values.shape[-1]}"
     if out_dtype != q.dtype:
         return f"it writes q's dtype, {q.dtype}; out_dtype is {out_dtype}"
     if score_mods:

@@ -3,15 +3,20 @@
 Caches are rows `[num_rows, d]`; `RowStrides` says which row holds a (page, slot, head). A token without a page in the
 cache is absent: it is not read, whatever its table says. Contiguous keys are one page that holds every token.
 
+Keys and values of 8 bits become `KeySource.dtype` on their way from shared memory to the tensor cores. They stay as
+they are stored: a scale for each token comes along, for the scores and the weights; one for each head is for the row.
+
 Axes: k tokens of a tile, d head dim of K, dv of V (padded to a power of two with zeros).
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from jaxattn.kernels.triton._float16 import unpaired
 from jaxattn.kernels.triton._rows import both, pow2
 from jaxattn.kv_cache import RowStrides
 
@@ -27,10 +32,26 @@ class KeySource:
     # Look up one page for a tile that lies in one. Its address alone moves from tile to tile. H200, prefill of
     # 4 x 4096, page size 64: 1162 -> 1135 us; but tiles of few rows, decode of 32 x 4096: 127.7 -> 132.6.
     page_at_once: bool
+    dtype: jnp.dtype  # what products are computed in
+    scales_per_token: bool
+    # The dtype of V's elements where a row holds pairs of them as int16, the even one in the low half; else None. V's
+    # tile goes to mma.sync transposed, and in 8 bits it could only be read from shared memory byte by byte.
+    v_pairs: jnp.dtype | None
+    interpret: bool
 
     @property
     def paged(self) -> bool:
         return self.num_pages is not None
+
+
+class KeyTile(NamedTuple):
+    """The keys and values of consecutive tokens, as they are stored."""
+
+    k: jax.Array  # [k, d]
+    v: tuple[jax.Array, ...]  # [k, dv], or its even and its odd columns
+    # float32 [k], what they are to be multiplied by; None: all of a head by the same.
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +61,7 @@ class Keys:
     source: KeySource
     k_ref: jax.Ref  # [num_rows, d]
     v_ref: jax.Ref  # [num_rows, dv]; the same array as k_ref where one holds both
+    scale_refs: Any  # KVScales of refs, float32 [num_rows] per token, else [1] or [kh]; or None
     indices_ref: jax.Ref | None  # int32 [capacity]; None for contiguous keys
     start: jax.Array  # the request's first entry in indices; its first row of contiguous keys
     head: jax.Array
@@ -49,10 +71,18 @@ class Keys:
         """Positions int32 [k] of a tile's tokens in their request."""
         return position + jnp.arange(self.source.block, dtype=jnp.int32)
 
-    def load(
-        self, position: jax.Array, begin: jax.Array | None, end: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """K [k, d] and V [k, dv] of the tokens from `position` on.
+    def row_scales(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """What all of this head's keys and values are to be multiplied by, k's and v's; None: nothing."""
+        if self.scale_refs is None or self.source.scales_per_token:
+            return None, None
+        k, v = (
+            ref[self.head if ref.shape[0] > 1 else 0]
+            for ref in (self.scale_refs.k, self.scale_refs.v)
+        )
+        return k, v
+
+    def load(self, position: jax.Array, begin: jax.Array | None, end: jax.Array) -> KeyTile:
+        """The tokens from `position` on.
 
         Tokens that are not there have something finite for a value, which a product with a weight of 0 needs: zeros
         outside of begin .. end - 1, and on a page that is not in the cache what lies in `spare_page`'s first slot.
@@ -69,10 +99,18 @@ class Keys:
             rows = page_id * strides.page + slot * strides.slot
             rows = jnp.where(known, rows, self.spare_page * strides.page)
         rows += self.head * strides.head
-        return (
-            _load_rows(self.k_ref, rows, None),
-            _load_rows(self.v_ref, rows + strides.value, exist[:, None]),
-        )
+        k = _load_rows(self.k_ref, rows, None)
+        v = _load_rows(self.v_ref, rows + strides.value, exist[:, None])
+        k_scale = v_scale = None
+        if self.scale_refs is not None and self.source.scales_per_token:
+            at = scale_row(rows, strides)
+            k_scale, v_scale = (
+                plgpu.load(ref.at[at], mask=exist, other=1.0)
+                for ref in (self.scale_refs.k, self.scale_refs.v)
+            )
+        dtype, pairs = self.source.dtype, self.source.v_pairs
+        parts = (v,) if pairs is None else unpaired(v, pairs, interpret=self.source.interpret)
+        return KeyTile(k.astype(dtype), tuple(x.astype(dtype) for x in parts), k_scale, v_scale)
 
     def exist(self, position: jax.Array, begin: jax.Array | None, end: jax.Array) -> jax.Array:
         """bool [k]: which tokens from `position` on lie in begin .. end - 1 (None: before end) and have a page.
@@ -111,6 +149,14 @@ class Keys:
             page, slot = divmod_by(offset, page_size)
             return divmod_by(position, page_size)[0] + page, slot
         return divmod_by(position + offset, page_size)
+
+
+def scale_row(row: jax.Array, strides: RowStrides) -> jax.Array:
+    """Where a token's scales lie, from its row of K: they have pages of their own, also where K and V share theirs."""
+    if not strides.value:
+        return row
+    page, rest = divmod_by(row, strides.page)
+    return page * strides.value + rest
 
 
 def divmod_by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from jaxattn.kv_scales import MIN_SCALE
+
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
@@ -24,7 +26,7 @@ LN2 = math.log(2)
 class State(NamedTuple):
     m: jax.Array  # float32 [r], of scores times `unit`; -inf before the first key
     l: jax.Array  # float32 [r], or [r, k]: a sum for each place of a tile
-    acc: jax.Array  # float32 [r, d]
+    acc: tuple[jax.Array, ...]  # float32 [r, d / n] each, of the n parts that values come in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,39 +36,87 @@ class OnlineSoftmax:
     # other. Where one does, it takes registers that large tiles do not have.
     late_sum: bool
     interpret: bool
+    # Weights go up to 2^headroom instead of 1: in float16, so many binades more are left for the small ones.
+    headroom: int = 0
+    # What each row's scores are to be multiplied by besides, float32 [r] or [], positive; None: nothing.
+    row_scale: jax.Array | None = None
 
-    def init(self, rows: int, keys: int, head_dim: int, logit: jax.Array | None = None) -> State:
-        """Before the first key; with a logit float32 [r], as if a key with that logit and value 0 had been seen."""
-        acc = jnp.zeros((rows, head_dim), jnp.float32)
+    def init(
+        self,
+        rows: int,
+        keys: int,
+        head_dim: int,
+        logit: jax.Array | None = None,
+        *,
+        parts: int = 1,
+    ) -> State:
+        """Before the first key; with a logit float32 [r], as if a key with that logit and value 0 had been seen.
+
+        parts: that values come in, as in `update`.
+        """
+        acc = tuple(jnp.zeros((rows, head_dim // parts), jnp.float32) for _ in range(parts))
         l = jnp.zeros((rows, keys) if self.late_sum else (rows,), jnp.float32)
         if logit is None:
             return State(jnp.full((rows,), -jnp.inf, jnp.float32), l, acc)
-        one = jnp.where(logit == -jnp.inf, 0.0, 1.0)
+        # A logit without a value must not push the weights of values, which their scales are part of, out of float16.
+        below = -math.log2(MIN_SCALE) if self.headroom else 0
+        one = jnp.where(logit == -jnp.inf, 0.0, 2.0**below)
         if self.late_sum:
             l = jnp.where((jnp.arange(keys, dtype=jnp.int32) == 0)[None, :], one[:, None], l)
         else:
             l = one
-        return State(logit * (self.unit / self.scale), l, acc)
+        m = logit * (self.unit / self.scale)
+        return State(m - below * self.binade if below else m, l, acc)
 
-    def update(self, state: State, s: jax.Array, v: jax.Array) -> State:
-        """Takes in a tile: float32 scores s [r, k] without the scale, -inf where masked, and values v [k, d]."""
-        m = jnp.maximum(state.m, jnp.max(s, axis=1) * self.unit)
+    def update(
+        self,
+        state: State,
+        s: jax.Array,
+        v: tuple[jax.Array, ...],
+        v_scale: jax.Array | None = None,
+    ) -> State:
+        """Takes in a tile: float32 scores s [r, k] without the scale, -inf where masked, and values v [k, d].
+
+        v: the values, or, of n parts, each n-th of their columns.
+
+        v_scale: float32 [k], what the values are to be multiplied by. Its logarithm is added to the scores, so that the
+        largest weight is as large as without it, whatever the scales; the sum of weights takes it out again.
+        """
+        if self.interpret and self.row_scale is not None:
+            s = s * self.row_scale.reshape(-1, 1)
+        if v_scale is not None:
+            # No append writes less, but others may write 0 for a vector of zeros.
+            v_scale = jnp.maximum(v_scale, MIN_SCALE)
+            s = s + (jnp.log2(v_scale) * (1 / (self.scale * LOG2E)))[None, :]
+        top = jnp.max(s, axis=1) * self._units
+        m = jnp.maximum(state.m, top - self.headroom * self.binade if self.headroom else top)
         # A row without any key yet has m = -inf, and -inf - -inf is NaN: shift by 0 there instead.
         peak = jnp.where(m == -jnp.inf, 0.0, m)
         p, alpha = self._weight(s, peak), self._rescale(state.m, peak)
+        weight = p if v_scale is None else p * (1.0 / v_scale)[None, :]
         if self.late_sum:
-            l = state.l * alpha[:, None] + p
+            l = state.l * alpha[:, None] + weight
         else:
-            l = state.l * alpha + jnp.sum(p, axis=1)
-        pv = self.dot(p.astype(v.dtype), v)
-        return State(m, l, state.acc * alpha[:, None] + pv)
+            l = state.l * alpha + jnp.sum(weight, axis=1)
+        p = p.astype(v[0].dtype)
+        pv = [self.dot(p, part) for part in v]
+        return State(m, l, tuple(a * alpha[:, None] + x for a, x in zip(state.acc, pv)))
 
-    def finalize(self, state: State) -> tuple[jax.Array, jax.Array]:
-        """The attention state (o [r, d], lse [r], natural log); a row without keys gives 0 and -inf."""
+    def finalize(
+        self, state: State, v_scale: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The attention state (o [r, d], lse [r], natural log); a row without keys gives 0 and -inf.
+
+        v_scale: float32 [], what all values are to be multiplied by.
+        """
         l = jnp.sum(state.l, axis=1) if self.late_sum else state.l
         empty = l == 0.0
         l = jnp.where(empty, 1.0, l)
-        o = state.acc / l[:, None]
+        acc = state.acc[0]
+        if len(state.acc) > 1:
+            acc = jnp.stack(state.acc, axis=-1).reshape(acc.shape[0], -1)
+        o = acc / l[:, None]
+        o = o if v_scale is None else o * v_scale
         lse = (state.m * (self.scale * LOG2E / self.unit) + jnp.log2(l)) * LN2
         return o, jnp.where(empty, -jnp.inf, lse)
 
@@ -97,6 +147,18 @@ class OnlineSoftmax:
         rests on keeps those of the scores themselves."""
         return 1.0 if self.interpret else self.scale * LOG2E
 
+    @property
+    def binade(self) -> float:
+        """How much maxima differ by where weights differ by a factor of 2."""
+        return self.unit / (self.scale * LOG2E)
+
+    @property
+    def _units(self) -> jax.Array | float:
+        """`unit` of each row, for scores that `row_scale` has not been applied to."""
+        if self.interpret or self.row_scale is None:
+            return self.unit
+        return self.row_scale * self.unit
+
     def _weight(self, s: jax.Array, peak: jax.Array) -> jax.Array:
         """exp(scale s - m), as one FMA and one MUFU instruction.
 
@@ -105,6 +167,10 @@ class OnlineSoftmax:
         """
         if self.interpret:
             return jnp.exp2((s - peak[:, None]) * (self.scale * LOG2E))
+        if self.row_scale is not None:
+            asm = "{.reg .f32 t; fma.rn.f32 t, $1, $3, $2; ex2.approx.ftz.f32 $0, t;}"
+            units = jnp.broadcast_to(self.row_scale.reshape(-1, 1) * self.unit, s.shape)
+            return _asm(asm, s, jnp.broadcast_to(-peak[:, None], s.shape), units)
         (bits,) = struct.unpack("<I", struct.pack("<f", self.unit))
         asm = f"{{.reg .f32 t; fma.rn.f32 t, $1, 0f{bits:08X}, $2; ex2.approx.ftz.f32 $0, t;}}"
         return _asm(asm, s, jnp.broadcast_to(-peak[:, None], s.shape))

@@ -1,4 +1,4 @@
-"""Where new tokens go in a paged KV cache.
+"""Where new tokens go in a paged KV cache, and writing them there.
 
 Token i goes to position `positions[i]` of request `batch_indices[i]`: to slot `position % p` of
 page `indices[indptr[request] + position // p]`. A token whose request, position or page does not
@@ -8,14 +8,17 @@ Axes: t tokens of a tile, b requests, p page size.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxattn.kernels.triton._keys import divmod_by
-from jaxattn.kernels.triton._rows import Mask, load
+from jaxattn.kernels.triton._keys import divmod_by, scale_row
+from jaxattn.kernels.triton._rows import Mask, Rows, load, store
 from jaxattn.kv_cache import PagedKVCache, RowStrides
+from jaxattn.kv_scales import KVScales, largest, own_scale, stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +28,12 @@ class PageSlots:
     num_pages: int
     page_size: int
     strides: RowStrides
+    scales_per_token: bool
 
     @classmethod
     def of(cls, cache: PagedKVCache) -> "PageSlots":
-        return cls(cache.num_pages, cache.page_size, cache.row_strides)
+        per_token = cache.scales is not None and cache.scales.per_token
+        return cls(cache.num_pages, cache.page_size, cache.row_strides, per_token)
 
     def rows(
         self,
@@ -52,7 +57,75 @@ class PageSlots:
         return page * self.strides.page + slot * self.strides.slot, known
 
 
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """The pages that a kernel writes to."""
+
+    slots: PageSlots
+    written_refs: Sequence[jax.Ref]  # as `rows_of` the cache
+    scale_refs: Any  # as `given_scales` of the cache
+
+    def store_k(self, rows: Rows, head: jax.Array, runs: Sequence[tuple[range, jax.Array]]) -> None:
+        """Writes key vectors to their rows [...], of KV heads int32 that broadcast; runs of columns, [..., columns].
+
+        Each is divided by its scale, and a scale that is the token's own is written beside it.
+        """
+        self._store(0, rows, rows, head, runs)
+
+    def store_v(self, rows: Rows, head: jax.Array, runs: Sequence[tuple[range, jax.Array]]) -> None:
+        """Writes value vectors; rows are those of their keys."""
+        to = Rows(rows.index + self.slots.strides.value, rows.exist)
+        self._store(1, rows, to, head, runs)
+
+    def _store(
+        self,
+        which: int,
+        k_rows: Rows,
+        rows: Rows,
+        head: jax.Array,
+        runs: Sequence[tuple[range, jax.Array]],
+    ) -> None:
+        strides = self.slots.strides
+        ref = self.written_refs[0 if strides.value else which]
+        scale = None
+        if self.slots.scales_per_token:
+            scale = own_scale(
+                functools.reduce(jnp.maximum, (largest(x) for _, x in runs)), ref.dtype
+            )
+            at = scale_row(k_rows.index, strides)
+            store(self.written_refs[which - 2], at, k_rows.exist, scale)
+        elif self.scale_refs is not None:
+            scale_ref = self.scale_refs[which]
+            last = scale_ref.shape[0] - 1
+            given = load(scale_ref, jnp.minimum(head, last), None) if last else scale_ref[0]
+            scale = jnp.broadcast_to(given, rows.index.shape)
+        for columns, x in runs:
+            rows.store(
+                ref, columns, stored(x, None if scale is None else scale[..., None], ref.dtype)
+            )
+
+
+def rows_of(cache: PagedKVCache) -> list[jax.Array]:
+    """What an append writes: K's and V's rows [num_rows, d], or those of both; and scales per token [num_rows]."""
+    rows = [x.reshape(-1, x.shape[-1]) for x in cache.arrays]
+    if cache.scales is not None and cache.scales.per_token:
+        rows += [x.reshape(-1) for x in (cache.scales.k, cache.scales.v)]
+    return rows
+
+
+def given_scales(cache: PagedKVCache) -> tuple[jax.Array, jax.Array] | None:
+    """The scales that an append does not write, k's and v's: float32 [1] for all, or [kh]."""
+    if cache.scales is None or cache.scales.per_token:
+        return None
+    return cache.scales.k.reshape(-1), cache.scales.v.reshape(-1)
+
+
 def with_rows(cache: PagedKVCache, rows: Sequence[jax.Array]) -> PagedKVCache:
-    """The cache whose arrays, seen as rows, are these."""
-    k, *v = (new.reshape(old.shape) for new, old in zip(rows, cache.arrays))
-    return PagedKVCache((k, v[0]) if v else k, cache.layout)
+    """The cache whose arrays, seen as `rows_of` it, are these."""
+    leaves = [new.reshape(old.shape) for new, old in zip(rows, cache.arrays)]
+    scales = cache.scales
+    if scales is not None and scales.per_token:
+        k, v = rows[len(leaves) :]
+        scales = KVScales(k.reshape(scales.k.shape), v.reshape(scales.v.shape))
+    data = leaves[0] if cache.combined else (leaves[0], leaves[1])
+    return dataclasses.replace(cache, data=data, scales=scales)

@@ -29,6 +29,13 @@ def load(ref: jax.Ref, index: Any, exist: Mask, other: int = 0) -> jax.Array:
     return plgpu.load(ref.at[index], mask=exist, other=None if exist is None else other)
 
 
+def store(ref: jax.Ref, index: jax.Array, exist: Mask, x: jax.Array) -> None:
+    """ref[index] = x, of a ref of one axis, where there is such an element."""
+    if exist is not None:
+        index = jnp.where(exist, index, ref.shape[0])  # as in `Rows.store`
+    plgpu.store(ref.at[index], x, mask=exist)
+
+
 def block_of(block: jax.Array, size: int, end: int) -> tuple[jax.Array, Mask]:
     """Elements int32 [size] of a block, and which of them are below `end`; a scalar where size is 1.
 

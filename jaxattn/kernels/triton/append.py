@@ -1,6 +1,6 @@
-"""Writing new keys and values to the pages of a KV cache, in place, in the cache's dtype.
+"""Writing new keys and values to the pages of a KV cache, in place, in the cache's dtype and by its scales.
 
-`_page_slots` says where a token goes; a token without a slot is dropped.
+`_page_slots` says where a token goes and how it is stored; a token without a slot is dropped.
 
 Axes: t new tokens, b requests, kh KV heads, d head dim, dv that of V, p page size.
 Grid: (t * kh / block_rows): a program copies `block_rows` rows of d, a row for each token and head.
@@ -12,9 +12,10 @@ import functools
 import jax
 from jax.experimental import pallas as pl
 
+from jaxattn.device import check_fp8
 from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import launch, like
-from jaxattn.kernels.triton._page_slots import PageSlots, with_rows
+from jaxattn.kernels.triton._page_slots import Pages, PageSlots, given_scales, rows_of, with_rows
 from jaxattn.kernels.triton._rows import Rows, block_of, load, pow2
 from jaxattn.kv_cache import PagedKVCache, PageTable
 
@@ -40,14 +41,15 @@ def _append_kernel(
     positions_ref,  # int32 [t]
     indptr_ref,  # int32 [b + 1]
     indices_ref,  # int32 [capacity]
+    scale_refs,  # scales that are given, or None
     cache_refs,  # the memory of written_refs
-    written_refs,  # the cache's arrays: K's [num_rows, d] and V's [num_rows, dv], or the one that holds both
+    written_refs,  # what `rows_of` lists
     *,
     num_heads: int,
     slots: PageSlots,
     block_rows: int,
 ):
-    k_ref, v_ref = written_refs[0], written_refs[-1]
+    pages = Pages(slots, written_refs, scale_refs)
     num_rows = key_ref.shape[0]
     row, exist = block_of(pl.program_id(0), block_rows, num_rows)
     token, head = divmod_by(row, num_heads)
@@ -57,9 +59,9 @@ def _append_kernel(
     batch, position = load(batch_ref, token, exist), load(positions_ref, token, exist)
     key, value = (Rows(row, exist).load(ref, range(ref.shape[1])) for ref in (key_ref, value_ref))
     slot_row, has_slot = slots.rows(indptr_ref, indices_ref, batch, position, exist)
-    to = slot_row + head * slots.strides.head
-    Rows(to, has_slot).store(k_ref, range(k_ref.shape[1]), key)
-    Rows(to + slots.strides.value, has_slot).store(v_ref, range(v_ref.shape[1]), value)
+    to = Rows(slot_row + head * slots.strides.head, has_slot)
+    pages.store_k(to, head, [(range(key_ref.shape[1]), key)])
+    pages.store_v(to, head, [(range(value_ref.shape[1]), value)])
 
 
 def append(
@@ -74,8 +76,9 @@ def append(
 ) -> PagedKVCache:
     """The cache with key [t, kh, d] and value [t, kh, dv] written to it; its arrays are aliased."""
     t, num_heads, d = key.shape
+    check_fp8(cache.dtype)
     config = default_config(d)
-    rows = [x.reshape(-1, x.shape[-1]) for x in cache.arrays]
+    rows = rows_of(cache)
     written = launch(
         functools.partial(
             _append_kernel,
@@ -90,6 +93,7 @@ def append(
             positions_ref=positions,
             indptr_ref=table.indptr,
             indices_ref=table.indices,
+            scale_refs=given_scales(cache),
             cache_refs=rows,
         ),
         dict(written_refs=like(rows)),

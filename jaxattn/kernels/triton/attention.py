@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn.device import has_wgmma
+from jaxattn.device import check_fp8, has_wgmma
+from jaxattn.kernels.triton._float16 import in_float16, paired
 from jaxattn.kernels.triton._keys import Keys, KeySource, divmod_by, load_rows
 from jaxattn.kernels.triton._launch import Out, launch
 from jaxattn.kernels.triton._limits import Bits, RowLimits
@@ -32,8 +33,9 @@ from jaxattn.kernels.triton._rows import pow2
 from jaxattn.kernels.triton._split_merge import Merging, Partials
 from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides
+from jaxattn.kv_scales import FP8_DTYPES, KVScales
 from jaxattn.operands import ScoreMod, modified
-from jaxattn.plan import MAX_FEW_ROWS, AttentionPlan
+from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, AttentionPlan
 from jaxattn.spec import AttentionSpec, Score
 from jaxattn.visits import MaskItem, PlannedMask
 from jaxattn.work_list import WorkItem
@@ -63,6 +65,7 @@ def _attention_kernel(
     mask_refs: PlannedMask | None,
     sinks_ref,  # float32 [h] or None
     score_mods: Sequence[ScoreMod],  # of refs [h]
+    scale_refs: KVScales | None,  # as in `Keys`
     no_arrivals_ref,  # the zeros that are arrivals_ref's memory, or None
     o_ref,  # [t * h, dv]
     lse_ref,  # float32 [t * h]
@@ -111,7 +114,7 @@ def _attention_kernel(
     lowest: jax.Array | int = 0
     if num_pages is not None:
         lowest, highest = page_range_ref[0], page_range_ref[1]
-    keys = Keys(static.source, k_ref, v_ref, indices_ref, item.page_start, head, lowest)
+    keys = Keys(static.source, k_ref, v_ref, scale_refs, indices_ref, item.page_start, head, lowest)
     bits = None
     kv_end = item.kv_end
     if mask_refs is not None:
@@ -149,8 +152,22 @@ def _attention_kernel(
 
     arrays = [[per_head(ref)[:, None] for ref in mod.arrays] for mod in score_mods]
 
-    def score(s, position):
-        tanh = functools.partial(softmax.tanh, dtype=q.dtype)
+    # What float16 takes from q, and what a head's keys are scaled by, goes into the exponent; where something comes in
+    # between, or each key has a scale of its own, into the scores.
+    row_scale, v_scale = keys.row_scales()
+    if q.dtype != static.source.dtype:
+        q, power = in_float16(q)
+        row_scale = power if row_scale is None else power * row_scale
+    in_exponent = not (static.score.soft_cap or score_mods or static.source.scales_per_token)
+    if row_scale is not None and in_exponent:
+        softmax = dataclasses.replace(softmax, row_scale=row_scale)
+
+    def score(s, k_scale, position):
+        tanh = functools.partial(softmax.tanh, dtype=q_ref.dtype)
+        if row_scale is not None and not in_exponent:
+            s = s * row_scale.reshape(-1, 1)
+        if k_scale is not None:
+            s = s * k_scale[None, :]
         if not score_mods:
             return static.score(s, tanh)
         at = (token + item.q_position)[:, None], keys.tokens(position)[None, :]
@@ -163,25 +180,26 @@ def _attention_kernel(
         if bits is not None:
             position, all_set = bits.visit(position)
             plain = all_set
-        k, v = keys.load(position, limits.first_begin, kv_end)
-        s = score(softmax.dot(q, k, trans_b=True), position)
+        tile = keys.load(position, limits.first_begin, kv_end)
+        s = score(softmax.dot(q, tile.k, trans_b=True), tile.k_scale, position)
         # Most tiles are seen in full by every row.
         plain = plain & limits.all_see(position, block_kv)
         s = jax.lax.cond(plain, lambda s, _: s, masked, s, position)
-        return softmax.update(state, s, v)
+        return softmax.update(state, s, tile.v, tile.v_scale)
 
     # 3. The softmax over them. A sink is a logit that the first split has seen before.
     sink = None
     if sinks_ref is not None:
         sink = jnp.where(item.split == 0, per_head(sinks_ref, -jnp.inf), -jnp.inf)
-    dv = v_ref.shape[1]
-    state = softmax.init(block_rows, block_kv, pow2(dv), sink)
+    dv = o_ref.shape[1]
+    v_parts = 1 if static.source.v_pairs is None else 2
+    state = softmax.init(block_rows, block_kv, pow2(dv), sink, parts=v_parts)
     num_tiles = (jnp.minimum(item.kv_end, kv_end) - item.kv_begin + block_kv - 1) // block_kv
     if bits is not None:
         num_tiles = (item.kv_end - item.kv_begin) // block_kv
     if num_pages is not None:
         num_tiles = jnp.where(lowest < num_pages, num_tiles, 0)
-    o, lse = softmax.finalize(jax.lax.fori_loop(0, num_tiles, step, state))
+    o, lse = softmax.finalize(jax.lax.fori_loop(0, num_tiles, step, state), v_scale)
 
     # 4. A whole tile is the answer; a split one is a partial state.
     # Read again, the item's fields leave the loop above the registers that its rows would take there.
@@ -235,6 +253,7 @@ def paged_attention(
         q,
         (rows[0], rows[-1]),
         (cache.row_strides, cache.num_pages),
+        cache.scales,
         plan,
         sinks,
         score_mods,
@@ -249,6 +268,7 @@ def contiguous_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    scales: KVScales | None,
     plan: AttentionPlan,
     sinks: jax.Array | None,
     score_mods: Sequence[ScoreMod],
@@ -266,6 +286,7 @@ def contiguous_attention(
         q,
         (k.reshape(a * b, k.shape[-1]), v.reshape(a * b, v.shape[-1])),
         (RowStrides(page=0, slot=slot, head=head, value=0), None),
+        scales,
         plan,
         sinks,
         score_mods,
@@ -280,6 +301,7 @@ def _attention(
     q: jax.Array,
     rows: tuple[jax.Array, jax.Array],
     where: tuple[RowStrides, int | None],
+    scales: KVScales | None,
     plan: AttentionPlan,
     sinks: jax.Array | None,
     score_mods: Sequence[ScoreMod],
@@ -294,16 +316,22 @@ def _attention(
     (k_rows, v_rows), (strides, num_pages) = rows, where
     dv = v_rows.shape[1]
     wgmma = has_wgmma()
+    fp8 = k_rows.dtype.name in FP8_DTYPES
+    check_fp8(k_rows.dtype)
+    # Every float8 number is one of float16.
+    dtype = jnp.dtype(jnp.float16) if fp8 and q.dtype != jnp.float32 else q.dtype
     config = default_config(
         plan.block_rows,
         max(d, dv),
-        q.dtype,
+        dtype,
+        fp8=fp8,
         group=plan.spec.group,
         programs_per_sm=plan.programs_per_sm,
         paged=num_pages is not None,
         wgmma=wgmma,
         bits=plan.mask is not None,
     )
+    pairs = fp8 and dv % 2 == 0 and not (wgmma and config.block_rows >= MID_ROWS)
     merging = Merging.of(plan, config, dv, wgmma=wgmma)
     tall = config.block_rows > MAX_FEW_ROWS
     parts = plan.block_rows // config.block_rows
@@ -319,11 +347,23 @@ def _attention(
             static=Statics(
                 spec=plan.spec,
                 score=score,
-                source=KeySource(strides, plan.page_size, num_pages, config.block_kv, tall),
+                source=KeySource(
+                    strides,
+                    plan.page_size,
+                    num_pages,
+                    config.block_kv,
+                    tall,
+                    dtype,
+                    scales_per_token=scales is not None and scales.per_token,
+                    v_pairs=v_rows.dtype if pairs else None,
+                    interpret=interpret,
+                ),
                 softmax=OnlineSoftmax(
                     1.0 if score_mods else score.exponent_scale,
                     late_sum=not tall,
                     interpret=interpret,
+                    # Weights of float16 below 2^15.
+                    headroom=15 if fp8 and dtype == jnp.float16 else 0,
                 ),
                 config=config,
                 parts=parts,
@@ -333,7 +373,7 @@ def _attention(
         dict(
             q_ref=q.reshape(t * h, d),
             k_ref=k_rows,
-            v_ref=v_rows,
+            v_ref=paired(v_rows) if pairs else v_rows,
             items_ref=plan.items,
             indices_ref=plan.page_indices,
             page_range_ref=plan.page_range,
@@ -341,6 +381,7 @@ def _attention(
             mask_refs=plan.mask,
             sinks_ref=sinks,
             score_mods=tuple(score_mods),
+            scale_refs=jax.tree.map(lambda x: x.reshape(-1), scales),
             # XLA writes the zeros of all the layers of a step in one kernel.
             no_arrivals_ref=jnp.zeros(columns, jnp.int32) if merging else None,
         ),

@@ -5,8 +5,8 @@ written to the pages of a KV cache, in place.
     x = x / sqrt(mean(x^2) + eps) * weight           of each query and key head, if there are weights
     y1 = x1 cos - x2 sin,   y2 = x2 cos + x1 sin     as in rope.py
 
-in float32, rounded once: q to its own dtype, k and v to the cache's. `_page_slots` says where a
-token goes; of a token without a slot, only the queries are computed.
+in float32, rounded once: q to its own dtype, k and v to the cache's, by its scales. `_page_slots` says
+where a token goes and how it is stored; of a token without a slot, only the queries are computed.
 
 Axes: t tokens, h query heads, kh KV heads, d head dim, dv that of V, r = rotary_dim / 2 pairs, b requests.
 Grid: (t / block_tokens * head_blocks): a program takes a block of the query heads and a block of the
@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jaxattn.device import check_fp8
 from jaxattn.kernels.triton._heads import Heads, Rotary, default_config
 from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import Out, launch, like
-from jaxattn.kernels.triton._page_slots import PageSlots, with_rows
+from jaxattn.kernels.triton._page_slots import Pages, PageSlots, given_scales, rows_of, with_rows
 from jaxattn.kernels.triton._rows import Rows, block_of, load
 from jaxattn.kv_cache import PagedKVCache, PageTable
 
@@ -37,9 +38,10 @@ def _rope_append_kernel(
     indptr_ref,  # int32 [b + 1]
     indices_ref,  # int32 [capacity]
     weight_refs,  # q's and k's norm weights [1, d]; or none
+    scale_refs,  # scales that are given, or None
     cache_refs,  # the memory of written_refs
     q_ref,  # [t * h, d]
-    written_refs,  # the cache's arrays: K's [num_rows, d] and V's [num_rows, dv], or the one that holds both
+    written_refs,  # what `rows_of` lists
     *,
     rotary: Rotary,
     slots: PageSlots,
@@ -49,7 +51,7 @@ def _rope_append_kernel(
     block_tokens: int,
     head_blocks: int,
 ):
-    k_ref, v_ref = written_refs[0], written_refs[-1]
+    pages = Pages(slots, written_refs, scale_refs)
     (num_tokens,) = positions_ref.shape
     d = rotary.head_dim
     block, head_block = divmod_by(pl.program_id(0), head_blocks)
@@ -79,12 +81,11 @@ def _rope_append_kernel(
     if weights:
         q, k = (_norm(x, weight, d, eps) for x, weight in zip((q, k), weights))
     to_q = q_heads.rows(token * num_heads, exist)
-    to_k = kv_heads.rows(slot_row, has_slot, slots.strides.head)
-    to_v = kv_heads.rows(slot_row + slots.strides.value, has_slot, slots.strides.head)
-    for ref, to, x in ((q_ref, to_q, q), (k_ref, to_k, k)):
-        for run, y in zip(rotary.columns, rotary.turn(x, cos, sin)):
-            to.store(ref, run, y)
-    to_v.store(v_ref, range(v_ref.shape[1]), v)
+    to = kv_heads.rows(slot_row, has_slot, slots.strides.head)
+    for run, y in zip(rotary.columns, rotary.turn(q, cos, sin)):
+        to_q.store(q_ref, run, y)
+    pages.store_k(to, kv_heads.index, list(zip(rotary.columns, rotary.turn(k, cos, sin))))
+    pages.store_v(to, kv_heads.index, [(range(v_in.shape[1]), v)])
 
 
 def _norm(
@@ -116,12 +117,13 @@ def rope_append(
     qkv: one array [t, h + 2 * kh, d], or q [t, h, d], k [t, kh, d] and v [t, kh, dv]. norm_weights: of q and of k, [d].
     """
     t, num_heads, d = qkv[0].shape
+    check_fp8(cache.dtype)
     num_kv_heads = cache.num_kv_heads
     if len(qkv) == 1:
         num_heads -= 2 * num_kv_heads
     config = default_config(t, (num_heads, num_kv_heads, num_kv_heads), d)
     weights = [weight.reshape(1, d) for weight in norm_weights or ()]
-    rows = [x.reshape(-1, x.shape[-1]) for x in cache.arrays]
+    rows = rows_of(cache)
     out = launch(
         functools.partial(
             _rope_append_kernel,
@@ -142,6 +144,7 @@ def rope_append(
             indptr_ref=table.indptr,
             indices_ref=table.indices,
             weight_refs=weights,
+            scale_refs=given_scales(cache),
             cache_refs=rows,
         ),
         dict(q_ref=Out((t * num_heads, d), qkv[0].dtype), written_refs=like(rows)),

@@ -35,6 +35,7 @@ class Shape:
     paged: bool
     wgmma: bool
     bits: bool  # with mask bits, an address of which each score has
+    fp8: bool  # keys of 8 bits, which become 16 on the way to the tensor cores
 
     @property
     def few(self) -> bool:
@@ -69,12 +70,29 @@ TABLE = (
     Row(lambda s: s.mid and s.head_dim <= 64, ALL, 128, 4, 5, "short rows: more keys a load"),
     Row(lambda s: s.mid and s.paged, ALL, 64, 4, 5, "one stage is that of the page ids"),
     Row(lambda s: s.mid, ALL, 64, 4, 4, "two programs at once"),
+    # Few rows of 8 bits: the loads of 16 bits in half the bytes, so twice as many tiles or keys under way.
+    Row(lambda s: s.fp8 and s.few and s.programs_per_sm == 2, ALL, 128, 4, 5, "as many bytes"),
+    Row(lambda s: s.fp8 and s.few and s.head_dim > 128, ALL, 32, 2, 5, "two tiles of keys at once"),
+    Row(
+        lambda s: s.fp8 and s.few and s.head_dim <= 64, ALL, 128, 4, 5, "two tiles of keys at once"
+    ),
+    Row(lambda s: s.fp8 and s.few, ALL, 64, 2, 5, "two tiles of keys at once"),
     # Few rows.
     Row(lambda s: s.few and s.programs_per_sm == 2, ALL, 64, 4, 5, "two tiles of keys at once"),
     Row(lambda s: s.few and s.head_dim > 128, ALL, 32, 2, 4, "as many bytes as 64 keys of 128"),
     Row(lambda s: s.few and s.head_dim <= 64, ALL, 128, 4, 3, "as many bytes as 64 keys of 128"),
     Row(lambda s: s.few and s.group == 1, ALL, 32, 2, 4, "one row: scores are cheap, tiles short"),
     Row(lambda s: s.few, ALL, 64, 2, 4, "two warps do for 16 rows, and four programs run"),
+    # Many rows on keys of 8 bits: these go through registers, which four warps do not have beside their accumulators.
+    Row(
+        lambda s: s.fp8 and not s.mid and s.wgmma and 64 < s.head_dim <= 128,
+        ALL,
+        64,
+        8,
+        3,
+        "one program, but no spill",
+    ),
+    Row(lambda s: s.fp8 and s.wgmma and s.head_dim <= 64, ALL, 64, 4, 3, "128 keys would spill"),
     # Many rows.
     Row(lambda s: s.head_dim > 128 and s.paged, ALL, 64, 8, 3, "registers hold it with 8 warps"),
     Row(lambda s: s.head_dim > 128, ALL, 64, 8, 2, "no stage for page ids"),
@@ -102,9 +120,10 @@ def default_config(
     paged: bool,
     wgmma: bool,
     bits: bool = False,
+    fp8: bool = False,
 ) -> Config:
     """The tile for a shape; a pure function of it."""
     float32 = jnp.dtype(dtype) == jnp.float32
-    shape = Shape(block_rows, head_dim, float32, group, programs_per_sm, paged, wgmma, bits)
+    shape = Shape(block_rows, head_dim, float32, group, programs_per_sm, paged, wgmma, bits, fp8)
     row = next(row for row in TABLE if row.fits(shape))
     return Config(min(block_rows, row.max_rows), row.keys, row.warps, row.stages)
