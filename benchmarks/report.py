@@ -15,6 +15,7 @@ OURS = "jaxattn"
 COLUMNS = {
     "jaxattn": "jaxattn",
     "jaxattn-separate": "jaxattn, an op each",
+    "jaxattn-triton": "jaxattn, Triton",
     "flashinfer": "FlashInfer",
     "flashinfer-fused": "FlashInfer, one kernel",
     "flashinfer-cuda-cores": "FlashInfer, CUDA cores",

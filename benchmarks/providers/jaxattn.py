@@ -27,6 +27,7 @@ from benchmarks.inputs import (
 )
 from benchmarks.timing import Call
 from jaxattn.generate import Requests, Sampling, State, decode_steps
+from jaxattn.kernels.mosaic import serves
 from jaxattn.models import llama
 
 
@@ -36,6 +37,8 @@ def versions() -> dict[str, str]:
 
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
     calls = {"jaxattn": lambda: make_call(case, inputs)}
+    if isinstance(case, Attention) and case.op == "prefill" and serves.why_not() is None:
+        calls["jaxattn-triton"] = lambda: make_call(case, inputs, backend="triton")
     if isinstance(case, RopeAppend | Loop):
         calls["jaxattn-separate"] = lambda: make_call(case, inputs, separate=True)
     return calls
