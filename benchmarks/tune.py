@@ -26,6 +26,7 @@ from benchmarks.oracle import make_oracle, tolerance
 from benchmarks.providers import jaxattn as ours
 from benchmarks.timing import Call
 from benchmarks.work import work
+from jaxattn.kernels.mosaic import attention as mosaic_attention
 from jaxattn.kernels.triton import append, attention, merge, rmsnorm, rope, rope_append
 
 Config = dict[str, Any]  # the fields that differ from the default
@@ -45,18 +46,36 @@ _NORM: dict[str, tuple[Any, ...]] = dict(
 _HEADS: dict[str, tuple[Any, ...]] = dict(
     block_tokens=(1, 2, 4, 8), head_blocks=(1, 2, 4, 8), num_warps=(1, 2, 4, 8)
 )
-SPACES: dict[str, tuple[ModuleType, dict[str, tuple[Any, ...]]]] = {
-    "decode": (attention, _ATTENTION),
-    "prefill": (attention, _ATTENTION),
-    "append": (append, dict(block_rows=(4, 8, 16, 32), num_warps=(1, 2, 4, 8))),
-    "merge_states": (
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Which tiles an op is tried with: fields of the Config of a kernel's file."""
+
+    module: ModuleType
+    fields: dict[str, tuple[Any, ...]]
+    backend: str | None = None
+    op: str | None = None  # of the cases; None: as the space is called
+
+
+SPACES: dict[str, Space] = {
+    "decode": Space(attention, _ATTENTION),
+    "prefill": Space(attention, _ATTENTION, "triton"),
+    "prefill_mosaic": Space(
+        mosaic_attention,
+        dict(block_kv=(64, 128), num_stages=(2, 3, 4), turns=(False, True)),
+        "mosaic",
+        "prefill",
+    ),
+    "append": Space(append, dict(block_rows=(4, 8, 16, 32), num_warps=(1, 2, 4, 8))),
+    "merge_states": Space(
         merge,
         dict(block_rows=(1, 2, 4, 8, 16), block_states=(2, 8, 16, 32, 64), num_warps=(1, 2, 4)),
     ),
-    "rmsnorm": (rmsnorm, _NORM),
-    "fused_add_rmsnorm": (rmsnorm, _NORM),
-    "rope": (rope, _HEADS),
-    "rope_append": (rope_append, _HEADS),
+    "rmsnorm": Space(rmsnorm, _NORM),
+    "fused_add_rmsnorm": Space(rmsnorm, _NORM),
+    "rope": Space(rope, _HEADS),
+    "rope_append": Space(rope_append, _HEADS),
 }
 TARGETS = {"NVIDIA H200": "h200", "NVIDIA H100": "h200", "NVIDIA A100": "a100"}  # by architecture
 
@@ -93,10 +112,11 @@ def main(options: argparse.Namespace) -> int:
         name: tuple(int(n) for n in numbers.split(","))
         for name, _, numbers in (given.partition("=") for given in options.values)
     }
-    for case in cases.select(smoke=options.smoke, ops=[options.op], names=names):
+    op = SPACES[options.op].op or options.op
+    for case in cases.select(smoke=options.smoke, ops=[op], names=names):
         print(f"\n{case.id}, {jax.devices()[0].device_kind}, target {target}\n")
         how: dict[str, Any] = dict(static=options.static, values=values, spill=options.spill)
-        print(tune(case, target, **how), flush=True)
+        print(tune(case, target, space=options.op, **how), flush=True)
     return 0
 
 
@@ -104,21 +124,26 @@ def tune(
     case: Case,
     target: str | None,
     *,
+    space: str | None = None,
     static: bool = False,
     values: Mapping[str, tuple[Any, ...]] | None = None,
     spill: int = 0,
 ) -> str:
     """A Markdown table of the configurations, the fastest first.
 
-    values: of some fields, in place of all; spill: bytes that are no fault.
+    space: of SPACES; default: the op's. values: of some fields, in place of all; spill: bytes that are no fault.
     """
-    configs = [{}, *candidates(case.op, values)]  # {}: the default
-    with _overridable(SPACES[case.op][0]), ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda config: _compile(case, config, target, spill), configs))
+    space = space or case.op
+    configs = [{}, *candidates(space, values)]  # {}: the default
+    module, backend = SPACES[space].module, SPACES[space].backend
+    with _overridable(module), ThreadPoolExecutor() as pool:
+        compiled = list(
+            pool.map(lambda config: _compile(case, config, target, spill, backend), configs)
+        )
         times: dict[int, float] = {}
         if not static:
             sound = {i: configs[i] for i, (_, fault) in enumerate(compiled) if not fault}
-            times = _times(case, sound, compiled, pool)
+            times = _times(case, sound, compiled, pool, backend)
     fields = list(configs[1])
     lines = [[*fields, "registers", "us", "TB/s", "TFLOP/s", "fault"], ["---"] * (len(fields) + 5)]
     done = work(case)
@@ -148,7 +173,7 @@ def candidates(op: str, values: Mapping[str, tuple[Any, ...]] | None = None) -> 
     """
     if op not in SPACES:
         raise ValueError(f"{op} has no tiles to tune; ops must be among {list(SPACES)}")
-    space = SPACES[op][1] | dict(values or {})
+    space = SPACES[op].fields | dict(values or {})
     return [dict(zip(space, values)) for values in itertools.product(*space.values())]
 
 
@@ -177,7 +202,7 @@ def _with(config: Config, function: Callable[[], Any]) -> Any:
 
 
 def _compile(
-    case: Case, config: Config, target: str | None, spill: int
+    case: Case, config: Config, target: str | None, spill: int, backend: str | None
 ) -> tuple[list[KernelReport], str]:
     """Reports of the kernels for a described GPU, and what is wrong with them; without a target, nothing."""
     if target is None:
@@ -185,13 +210,14 @@ def _compile(
     structs = jax.eval_shape(lambda: make_inputs(case))
 
     def op(inputs):
-        return ours.make_call(case, inputs).run()
+        return ours.make_call(case, inputs, backend=backend).run()
 
     try:
-        reports = _with(config, lambda: compile_for(target, op, structs))
+        mosaic = backend == "mosaic"
+        reports = _with(config, lambda: compile_for(target, op, structs, mosaic=mosaic))
     except Exception as error:
         return [], f"does not compile: {error}".splitlines()[0][:80]
-    much = [x for x in reports if x.spill_stores + x.spill_loads > spill]
+    much = [x for x in reports if x.spills and x.spill_stores + x.spill_loads > spill]
     return reports, "; ".join(fault for report in much for fault in report.spills)[:80]
 
 
@@ -200,6 +226,7 @@ def _times(
     configs: dict[int, Config],
     compiled: list[tuple[list[KernelReport], str]],
     pool: ThreadPoolExecutor,
+    backend: str | None,
 ) -> dict[int, float]:
     """Microseconds of each configuration that is right; what fails or is wrong is noted as a fault."""
     inputs = make_inputs(case)
@@ -207,7 +234,7 @@ def _times(
 
     def start(config: Config) -> tuple[Call, Any] | Exception:
         def first() -> tuple[Call, Any]:
-            call = ours.make_call(case, inputs)
+            call = ours.make_call(case, inputs, backend=backend)
             outputs = call.run()
             call.wait(outputs)
             return call, outputs

@@ -497,7 +497,7 @@ def test_profile_names_our_kernels_and_leaves_the_clocks():
 
 @pytest.mark.parametrize("op", tune.SPACES)
 def test_tune_sweeps_fields_that_exist(op):
-    module, space = tune.SPACES[op]
+    module, space = tune.SPACES[op].module, tune.SPACES[op].fields
     config = typing.get_type_hints(module.default_config)["return"]
     assert set(space) <= {field.name for field in dataclasses.fields(config)}
     assert len(tune.candidates(op)) == np.prod([len(values) for values in space.values()])
@@ -515,7 +515,7 @@ def test_tune_refuses_what_has_no_tiles():
 
 
 def test_tune_overrides_the_default_in_its_own_thread_only():
-    module = tune.SPACES["rmsnorm"][0]
+    module = tune.SPACES["rmsnorm"].module
     with tune._overridable(module):
         assert (
             tune._with({"num_warps": 2}, lambda: module.default_config(1, 4096, 1)).num_warps == 2
