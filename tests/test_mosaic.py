@@ -159,6 +159,54 @@ def test_lowers_by_default_on_hopper(page_size):
         assert kernel in text
 
 
+def sharded_prefill(mesh):
+    """A prefill whose requests and heads lie on the axes of a mesh, and its arguments' shapes; every array varies."""
+    spec = jax.sharding.PartitionSpec
+
+    def prefill(q, k, v, block_table, kv_len, sinks):
+        table = ja.PageTable.from_block_table(block_table, kv_len, 16)
+        tokens = q.shape[0]
+        plan = ja.plan_prefill(
+            i32([0, tokens]), table, num_qo_tokens=tokens, num_qo_heads=q.shape[1], num_kv_heads=2
+        )
+        cache = ja.PagedKVCache((k, v))
+        return ja.paged_prefill(q, cache, plan, sinks=sinks, return_lse=True)
+
+    pool = spec("dp", None, "tp")
+    fn = jax.shard_map(
+        prefill,
+        mesh=mesh,
+        in_specs=(spec("dp", "tp"), pool, pool, spec("dp"), spec("dp"), spec("tp")),
+        out_specs=(spec("dp", "tp"), spec("dp", "tp")),
+    )
+    dp, tp = mesh.axis_sizes
+    cache = jax.ShapeDtypeStruct((dp * 128, 16, tp * 2, 128), jnp.bfloat16)
+    return fn, (
+        jax.ShapeDtypeStruct((dp * 2048, tp * 8, 128), jnp.bfloat16),
+        cache,
+        cache,
+        jax.ShapeDtypeStruct((dp, 128), jnp.int32),
+        jax.ShapeDtypeStruct((dp,), jnp.int32),
+        jax.ShapeDtypeStruct((tp * 8,), jnp.float32),
+    )
+
+
+@pytest.mark.skipif(not JAX_0_11, reason="the lowering is JAX 0.11's")
+def test_lowers_under_shard_map():
+    mesh = jax.sharding.AbstractMesh(
+        (2, 2),
+        ("dp", "tp"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        abstract_device=jax.sharding.AbstractDevice(
+            device_kind="NVIDIA H200", num_cores=None, platform="gpu"
+        ),
+    )
+    fn, args = sharded_prefill(mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
 def on_hopper():
     return serves.why_not() is None
 
@@ -410,3 +458,22 @@ def test_a_cache_beyond_2_31_elements_gpu(hopper, gpu_memory, page_size):
     np.testing.assert_allclose(
         o.astype(jnp.float32), want.astype(jnp.float32), atol=0.02, rtol=0.02
     )
+
+
+@pytest.mark.gpu
+def test_under_shard_map_gpu(hopper):
+    mesh = jax.make_mesh((1, 1), ("dp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    fn, structs = sharded_prefill(mesh)
+    rng = np.random.default_rng(5)
+    q, k, v, _, _, sinks = (
+        jnp.asarray(rng.standard_normal(x.shape, np.float32)).astype(x.dtype) for x in structs
+    )
+    where = i32(rng.permutation(128)[None]), i32([2000])
+    o, lse = jax.jit(fn)(q, k, v, *where, sinks)
+    table = ja.PageTable.from_block_table(*where, 16)
+    plan = ja.plan_prefill(
+        i32([0, 2048]), table, num_qo_tokens=2048, num_qo_heads=8, num_kv_heads=2
+    )
+    cache = ja.PagedKVCache((k, v))
+    want = ja.paged_prefill(q, cache, plan, sinks=sinks, return_lse=True, backend="mosaic")
+    assert all(map(same_bits, (o, lse), want))

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxattn.kernels.mosaic import _private
+
 
 def launch(
     kernel: Callable[..., None],
@@ -50,32 +52,39 @@ def launch(
             **scratch_types,
         )
 
-    run = pl.kernel(
-        body,
-        out_type=list(made.values()),
-        mesh=plgpu.Mesh(
-            grid=(num_blocks,),
-            grid_names=("block",),
-            num_threads=num_warpgroups,
-            thread_name="warpgroup",
-            kernel_name=name,
-        ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        name=name,
-    )
-
     def stateful(refs: Any) -> None:
         counts, results = refs
+        run = pl.kernel(
+            body,
+            out_type=list(made.values()),
+            mesh=plgpu.Mesh(
+                grid=(num_blocks,),
+                grid_names=("block",),
+                num_threads=num_warpgroups,
+                thread_name="warpgroup",
+                kernel_name=name,
+            ),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+            ),
+            name=name,
+        )
         for ref, x in zip(results, run(*given.values(), *counts)):
             ref[...] = x
 
     def zeros(types: Mapping[str, Any]) -> list[jax.Array]:
         return [jnp.zeros(x.shape, x.dtype) for x in types.values()]
 
-    # Only a ref can be written that comes with contents. Of the outputs' refs nothing is left but what is put there.
-    _, results = pl.run_state(stateful)((zeros(counting), zeros(made)))
+    # Under shard_map an output varies over every mesh axis that an input varies over.
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in given.values()))
+    with _private.without_varying_types():
+        if varying:
+            # What an operation returns here is of a type that does not vary.
+            given = {name: x[None].reshape(x.shape) for name, x in given.items()}
+        # Only a ref can be written that comes with contents. Of the outputs' refs only what is put there remains.
+        _, results = pl.run_state(stateful)((zeros(counting), zeros(made)))
+    if varying:
+        results = [jax.lax.pcast(x, tuple(varying), to="varying") for x in results]
     return {**dict.fromkeys(outputs), **dict(zip(made, results))}
 
 

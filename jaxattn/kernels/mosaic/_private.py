@@ -1,11 +1,14 @@
-"""What this lowering needs of JAX under names that are not public: a barrier that counts a thread's copies.
+"""What this lowering needs of JAX under names that are not public: a barrier that counts a thread's copies, and under
+`shard_map` a kernel whose counters are those of one device.
 
 `tests/test_mosaic.py` fails where JAX changes them.
 """
 
+import functools
 from typing import Any
 
 import jax
+from jax._src import config
 from jax._src.pallas.mosaic_gpu import core as gpu_core
 from jax._src.pallas.mosaic_gpu import lowering, primitives
 from jax._src.state import primitives as state_primitives
@@ -13,6 +16,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.extend import core as jax_core
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
+
+# Kernels take no refs that vary over the axes of a mesh: within, types do not say what varies.
+without_varying_types = functools.partial(config._check_vma, False)
 
 _arrive_p = jax_core.Primitive("arrive_after_copies")
 _arrive_p.multiple_results = True
