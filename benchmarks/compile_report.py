@@ -239,6 +239,7 @@ class Case:
     hot: bool = False
     # Part of a fault that is none here: what does not show it was measured, and is slower.
     accepted: str = ""
+    targets: tuple[str, ...] = tuple(ARCHITECTURES)  # that have what it needs
 
     def faults(self, kernel: KernelReport) -> list[str]:
         """What this case's kernel must not show, and shows."""
@@ -457,13 +458,15 @@ def _case(
     *args: Any,
     hot: bool = False,
     accepted: str = "",
+    targets: tuple[str, ...] = tuple(ARCHITECTURES),
     **kwargs: Any,
 ):
-    return Case(name, functools.partial(build, *args, **kwargs), hot, accepted)
+    return Case(name, functools.partial(build, *args, **kwargs), hot, accepted, targets)
 
 
-FP8: dict[str, Any] = dict(kv=jnp.float8_e4m3fn, scales="tensor")
-FP8_TOKEN: dict[str, Any] = dict(kv=jnp.float8_e4m3fn, scales="token")
+# An A100 does not convert e4m3.
+FP8: dict[str, Any] = dict(kv=jnp.float8_e4m3fn, scales="tensor", targets=("h200",))
+FP8_TOKEN: dict[str, Any] = FP8 | dict(scales="token")
 E5M2: dict[str, Any] = dict(kv=jnp.float8_e5m2)
 
 # 255 registers hold the 128-row tile but for two values.
@@ -634,7 +637,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # The host compiles only; a GPU it may have stays free.
     jax.config.update("jax_platforms", "cpu")
-    cases = [c for c in CASES if options.only in c.name and (c.hot or not options.check)]
+    named = [c for c in CASES if options.only in c.name and options.target in c.targets]
+    cases = [c for c in named if c.hot or not options.check]
     if not cases:
         parser.error(f"no case matches --only {options.only!r}")
 
