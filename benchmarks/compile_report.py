@@ -557,6 +557,8 @@ CASES = (
     _case("decode fp8 32/8 d64 p16", _decode, 32, 8, 64, 16, **FP8),
     _case("decode fp8 32/8 d256 p16", _decode, 32, 8, 256, 16, **FP8),
     _case("decode fp8 128/1 d128 p16", _decode, 128, 1, 128, 16, **FP8),
+    _case("decode fp8 64/8 d64 w128 sinks", _decode, 64, 8, 64, 16, window=127, sinks=True, **FP8),
+    _case("decode fp8 16/8 d256 cap", _decode, 16, 8, 256, 16, cap=50.0, **FP8),
     _case("decode e5m2 32/8 d128 p16", _decode, 32, 8, 128, 16, **E5M2),
     _case("prefill fp8 32/8 d128 p1", _prefill, 32, 8, 128, 1, hot=True, **FP8),
     _case("prefill fp8 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True, **FP8),
