@@ -51,11 +51,13 @@ def append_paged_kv_cache(
 
     Args:
       append_key, append_value: [t, num_kv_heads, head_dim], that of K and that of V; float16, bfloat16
-        or float32, rounded to the cache's dtype.
+        or float32, divided by the cache's scales, if it has any, and rounded to its dtype. What is
+        beyond a float8 dtype's range saturates; NaN stays NaN.
       batch_indices: int32 [t].
       positions: int32 [t].
       paged_kv_cache: the cache of one layer. Its arrays are aliased to the result's: they are
-        written in place where donated or not used again; otherwise XLA first copies them.
+        written in place where donated or not used again; otherwise XLA first copies them. Scales per
+        token are the new tokens' own, for each head that of its largest finite magnitude.
       page_table: the pages of b requests.
       backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
 
@@ -132,7 +134,7 @@ def rope_append_paged_kv_cache(
       backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
 
     Returns:
-      (q [t, num_qo_heads, head_dim] in qkv's dtype, the cache with k and v written).
+      (q [t, num_qo_heads, head_dim] in qkv's dtype, the cache with k and v written, by its scales).
 
     Raises:
       ValueError: shapes that do not fit, one norm weight without the other, a table that is not

@@ -368,13 +368,13 @@ def test_errors(change, message):
         generate(PARAMS, CONFIG, **arguments)
 
 
-def decode_loop(config, dtype, *, num_pages, num_steps, sampling):
+def decode_loop(config, dtype, *, num_pages, num_steps, sampling, kv_dtype=None):
     """A call of the decode loop with a cache of any size, none of it allocated: (function, arguments)."""
     b, page_size = 3, 16
     index = jax.ShapeDtypeStruct((b,), jnp.int32)
     params = jax.eval_shape(lambda: random_params(config, dtype))
     state = State(
-        jax.eval_shape(lambda: llama.empty_caches(config, num_pages, page_size, dtype)),
+        jax.eval_shape(lambda: llama.empty_caches(config, num_pages, page_size, kv_dtype or dtype)),
         index,
         index,
         index,
@@ -401,10 +401,11 @@ def compiled_loop(config, dtype, **sizes):
     return loop.lower(*args).compile()
 
 
-def check_one_copy_of_the_cache(dtype):
+def check_one_copy_of_the_cache(dtype, kv_dtype=None):
     num_pages = 8192
-    loop = compiled_loop(CONFIG, dtype, num_pages=num_pages, num_steps=16)
-    one_array = num_pages * 16 * CONFIG.num_kv_heads * CONFIG.head_dim * jnp.dtype(dtype).itemsize
+    loop = compiled_loop(CONFIG, dtype, num_pages=num_pages, num_steps=16, kv_dtype=kv_dtype)
+    itemsize = jnp.dtype(kv_dtype or dtype).itemsize
+    one_array = num_pages * 16 * CONFIG.num_kv_heads * CONFIG.head_dim * itemsize
     memory = loop.memory_analysis()
     # K and V of every layer come in and go out in the same buffers, and nothing else is large.
     assert memory.alias_size_in_bytes >= 2 * CONFIG.num_layers * one_array
@@ -421,8 +422,9 @@ def test_loop_holds_one_copy_of_the_cache():
 
 
 @pytest.mark.gpu
-def test_loop_holds_one_copy_of_the_cache_on_a_gpu():
-    check_one_copy_of_the_cache(jnp.bfloat16)
+@pytest.mark.parametrize("kv_dtype", [None, jnp.float8_e4m3fn])
+def test_loop_holds_one_copy_of_the_cache_on_a_gpu(kv_dtype):
+    check_one_copy_of_the_cache(jnp.bfloat16, kv_dtype)
 
 
 def test_memory_does_not_grow_with_the_tokens():

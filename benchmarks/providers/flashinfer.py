@@ -201,7 +201,9 @@ def _host(x: Any) -> torch.Tensor:
 def _paged_call(wrapper: Any, x: AttentionInputs) -> Call:
     q, cache = _torch(x.q), tuple(map(_torch, x.caches[0].arrays))
     out, scales = torch.empty_like(q), {}
-    if (own := x.caches[0].scales) is not None:
+    if (
+        own := x.caches[0].scales
+    ) is not None:  # v's, it multiplies its output by in a kernel of its own
         scales = dict(k_scale=float(own.k), v_scale=float(own.v))
 
     def run():

@@ -58,15 +58,12 @@ class OnlineSoftmax:
         l = jnp.zeros((rows, keys) if self.late_sum else (rows,), jnp.float32)
         if logit is None:
             return State(jnp.full((rows,), -jnp.inf, jnp.float32), l, acc)
-        # A logit without a value must not push the weights of values, which their scales are part of, out of float16.
-        below = -math.log2(MIN_SCALE) if self.headroom else 0
-        one = jnp.where(logit == -jnp.inf, 0.0, 2.0**below)
+        one = jnp.where(logit == -jnp.inf, 0.0, 1.0)
         if self.late_sum:
             l = jnp.where((jnp.arange(keys, dtype=jnp.int32) == 0)[None, :], one[:, None], l)
         else:
             l = one
-        m = logit * (self.unit / self.scale)
-        return State(m - below * self.binade if below else m, l, acc)
+        return State(logit * (self.unit / self.scale), l, acc)
 
     def update(
         self,
@@ -119,6 +116,22 @@ class OnlineSoftmax:
         o = o if v_scale is None else o * v_scale
         lse = (state.m * (self.scale * LOG2E / self.unit) + jnp.log2(l)) * LN2
         return o, jnp.where(empty, -jnp.inf, lse)
+
+    def with_logit(
+        self, o: jax.Array, lse: jax.Array, logit: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What `init` with a logit leads to, of the attention state without it.
+
+        In float16 the logit of a key without a value must not set the largest weight: those of values would be lost.
+        """
+        peak = jnp.maximum(lse, logit)
+        shift = jnp.where(peak == -jnp.inf, 0.0, peak)
+        kept = jnp.exp(lse - shift)
+        total = kept + jnp.exp(logit - shift)
+        total = jnp.where(total == 0.0, 1.0, total)
+        return o * (kept / total)[:, None], jnp.where(
+            peak == -jnp.inf, peak, shift + jnp.log(total)
+        )
 
     def dot(self, a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:
         """a @ b (a @ b.T) in float32.

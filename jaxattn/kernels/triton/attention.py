@@ -187,19 +187,23 @@ def _attention_kernel(
         s = jax.lax.cond(plain, lambda s, _: s, masked, s, position)
         return softmax.update(state, s, tile.v, tile.v_scale)
 
-    # 3. The softmax over them. A sink is a logit that the first split has seen before.
-    sink = None
-    if sinks_ref is not None:
-        sink = jnp.where(item.split == 0, per_head(sinks_ref, -jnp.inf), -jnp.inf)
+    # 3. The softmax over them. A sink is a logit that the first split has seen before, or, in float16, sees at last.
+    def sink():
+        return jnp.where(item.split == 0, per_head(sinks_ref, -jnp.inf), -jnp.inf)
+
+    late_sink = sinks_ref is not None and softmax.headroom > 0
+    before = sink() if sinks_ref is not None and not late_sink else None
     dv = o_ref.shape[1]
     v_parts = 1 if static.source.v_pairs is None else 2
-    state = softmax.init(block_rows, block_kv, pow2(dv), sink, parts=v_parts)
+    state = softmax.init(block_rows, block_kv, pow2(dv), before, parts=v_parts)
     num_tiles = (jnp.minimum(item.kv_end, kv_end) - item.kv_begin + block_kv - 1) // block_kv
     if bits is not None:
         num_tiles = (item.kv_end - item.kv_begin) // block_kv
     if num_pages is not None:
         num_tiles = jnp.where(lowest < num_pages, num_tiles, 0)
     o, lse = softmax.finalize(jax.lax.fori_loop(0, num_tiles, step, state), v_scale)
+    if late_sink:
+        o, lse = softmax.with_logit(o, lse, sink())
 
     # 4. A whole tile is the answer; a split one is a partial state.
     # Read again, the item's fields leave the loop above the registers that its rows would take there.
