@@ -111,7 +111,9 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
                 (token * group, token * group + rows, kv_len - qo_len, start, begin, end, 0, 1, 0),
             )
         )
-        span = source.span(item, (i32(0), i32(999)) if paged else None)
+        seen = visible.begin(i32(first))
+        span = source.span(item, seen, (i32(0), i32(999)) if paged else None)
+        assert int(span.begin) == max(begin, int(seen))
         unit = Rows(static, Unit(item, i32(0), span), item.row_begin, item.row_begin)
         plain, low = unit.phases()
         tiles, origin = int(span.tiles), int(span.origin)

@@ -87,14 +87,16 @@ class KeySource:
             return k.reshape(-1, k.shape[-1]), v.reshape(-1, v.shape[-1])
         return k.reshape(-1, *k.shape[-3:]), v.reshape(-1, *v.shape[-3:])
 
-    def span(self, item: WorkItem, page_range: tuple[Any, Any] | None) -> "Span":
-        """The tiles of a work item."""
-        begin, end = item.kv_begin, item.kv_end
-        origin = begin
+    def span(
+        self, item: WorkItem, first_seen: jax.Array, page_range: tuple[Any, Any] | None
+    ) -> "Span":
+        """The tiles of a work item, of whose rows none sees a key before first_seen."""
+        origin, end = item.kv_begin, item.kv_end
+        begin = jnp.maximum(origin, first_seen)
         if page_range is None:
             end = jnp.minimum(end, self.page_size - item.page_start)
             if self.in_boxes:
-                origin = begin - lax.rem(item.page_start + begin, 8)
+                origin -= lax.rem(item.page_start + origin, 8)
             absent: Any = jnp.bool_(False)
         else:
             assert self.num_pages is not None

@@ -117,7 +117,10 @@ class Schedule:
         pages = None
         if self.page_range_ref is not None:
             pages = self.page_range_ref[0], self.page_range_ref[1]
-        return Unit(item, head, self.static.source.span(item, pages))
+        spec = self.static.spec
+        first_position = lax.div(item.row_begin, spec.group) + item.q_position
+        first_seen = jnp.maximum(spec.visible.begin(first_position), 0)
+        return Unit(item, head, self.static.source.span(item, first_seen, pages))
 
 
 class Phases(NamedTuple):
