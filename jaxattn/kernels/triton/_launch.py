@@ -52,6 +52,10 @@ def launch(
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in args))
     axes = jax.sharding.ManualAxisType(varying=varying)
 
+    if not interpret:
+        for x in (*args, *outs):
+            _check_addressable(x)
+
     def body(*refs: Any) -> None:
         given = jax.tree.unflatten(arg_tree, refs[: len(args)])
         made = jax.tree.unflatten(out_tree, refs[len(args) :])
@@ -72,6 +76,15 @@ def launch(
         name=name,
     )(*args)
     return dict(zip(outputs, jax.tree.unflatten(out_tree, results)))
+
+
+def _check_addressable(x: Any) -> None:
+    """The lowering counts elements in an int32 up to 2^32 bytes: those of 8 bits beyond 2^31 would be negative."""
+    if x.dtype.itemsize == 1 and 2**31 < x.size <= 2**32:
+        raise NotImplementedError(
+            f"an array of {x.dtype} must have at most 2^31 elements, or more than 2^32, which JAX's Triton lowering then "
+            f"counts in 64 bits; got {list(x.shape)}, {x.size}: use fewer or more pages, or backend='xla'"
+        )
 
 
 def _leaf_numbers(values: Mapping[str, Any]) -> dict[str, range]:

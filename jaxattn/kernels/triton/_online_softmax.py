@@ -76,12 +76,15 @@ class OnlineSoftmax:
 
         v: the values, or, of n parts, each n-th of their columns.
 
-        v_scale: float32 [k], what the values are to be multiplied by. Its logarithm is added to the scores, so that the
-        largest weight is as large as without it, whatever the scales; the sum of weights takes it out again.
+        v_scale: float32 [k], what the values are to be multiplied by. In 16 bits its logarithm is added to the scores, so
+        that the largest weight is as large as without it, whatever the scales; the sum of weights takes it out again.
         """
         if self.interpret and self.row_scale is not None:
             s = s * self.row_scale.reshape(-1, 1)
-        if v_scale is not None:
+        exact = (
+            v[0].dtype == jnp.float32
+        )  # which holds the product of a weight and a scale as it is
+        if v_scale is not None and not exact:
             # No append writes less, but others may write 0 for a vector of zeros.
             v_scale = jnp.maximum(v_scale, MIN_SCALE)
             s = s + (jnp.log2(v_scale) * (1 / (self.scale * LOG2E)))[None, :]
@@ -90,11 +93,13 @@ class OnlineSoftmax:
         # A row without any key yet has m = -inf, and -inf - -inf is NaN: shift by 0 there instead.
         peak = jnp.where(m == -jnp.inf, 0.0, m)
         p, alpha = self._weight(s, peak), self._rescale(state.m, peak)
-        weight = p if v_scale is None else p * (1.0 / v_scale)[None, :]
+        weight = p if v_scale is None or exact else p * (1.0 / v_scale)[None, :]
         if self.late_sum:
             l = state.l * alpha[:, None] + weight
         else:
             l = state.l * alpha + jnp.sum(weight, axis=1)
+        if v_scale is not None and exact:
+            p = p * v_scale[None, :]
         p = p.astype(v[0].dtype)
         pv = [self.dot(p, part) for part in v]
         return State(m, l, tuple(a * alpha[:, None] + x for a, x in zip(state.acc, pv)))

@@ -329,6 +329,7 @@ def _attention(
         max(d, dv),
         dtype,
         fp8=fp8,
+        token_scales=scales is not None and scales.per_token,
         group=plan.spec.group,
         programs_per_sm=plan.programs_per_sm,
         paged=num_pages is not None,

@@ -36,6 +36,7 @@ class Shape:
     wgmma: bool
     bits: bool  # with mask bits, an address of which each score has
     fp8: bool  # keys of 8 bits, which become 16 on the way to the tensor cores
+    token_scales: bool  # with a scale for each token and head
 
     @property
     def few(self) -> bool:
@@ -76,21 +77,23 @@ TABLE = (
     Row(
         lambda s: s.fp8 and s.few and s.head_dim <= 64, ALL, 128, 4, 5, "two tiles of keys at once"
     ),
-    Row(lambda s: s.fp8 and s.few, ALL, 64, 2, 5, "two tiles of keys at once"),
+    Row(lambda s: s.fp8 and s.few and s.token_scales, ALL, 64, 2, 5, "two tiles of keys at once"),
+    Row(lambda s: s.fp8 and s.few and s.group == 1, ALL, 64, 2, 5, "two tiles of keys at once"),
+    Row(lambda s: s.fp8 and s.few, ALL, 64, 4, 5, "four warps convert twice as fast"),
     # Few rows.
     Row(lambda s: s.few and s.programs_per_sm == 2, ALL, 64, 4, 5, "two tiles of keys at once"),
     Row(lambda s: s.few and s.head_dim > 128, ALL, 32, 2, 4, "as many bytes as 64 keys of 128"),
     Row(lambda s: s.few and s.head_dim <= 64, ALL, 128, 4, 3, "as many bytes as 64 keys of 128"),
     Row(lambda s: s.few and s.group == 1, ALL, 32, 2, 4, "one row: scores are cheap, tiles short"),
     Row(lambda s: s.few, ALL, 64, 2, 4, "two warps do for 16 rows, and four programs run"),
-    # Many rows on keys of 8 bits: these go through registers, which four warps do not have beside their accumulators.
+    # Many rows on keys of 8 bits, which go through registers.
     Row(
         lambda s: s.fp8 and not s.mid and s.wgmma and 64 < s.head_dim <= 128,
         ALL,
         64,
-        8,
+        4,
         3,
-        "one program, but no spill",
+        "two programs, though they spill a little",
     ),
     Row(lambda s: s.fp8 and s.wgmma and s.head_dim <= 64, ALL, 64, 4, 3, "128 keys would spill"),
     # Many rows.
@@ -121,9 +124,21 @@ def default_config(
     wgmma: bool,
     bits: bool = False,
     fp8: bool = False,
+    token_scales: bool = False,
 ) -> Config:
     """The tile for a shape; a pure function of it."""
     float32 = jnp.dtype(dtype) == jnp.float32
-    shape = Shape(block_rows, head_dim, float32, group, programs_per_sm, paged, wgmma, bits, fp8)
+    shape = Shape(
+        block_rows,
+        head_dim,
+        float32,
+        group,
+        programs_per_sm,
+        paged,
+        wgmma,
+        bits,
+        fp8,
+        token_scales,
+    )
     row = next(row for row in TABLE if row.fits(shape))
     return Config(min(block_rows, row.max_rows), row.keys, row.warps, row.stages)
