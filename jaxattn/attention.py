@@ -229,7 +229,7 @@ def ragged_prefill(
         return contiguous_attention(*args, name="jaxattn_prefill", kv_layout=kv_layout, **how)
 
     kernel = functools.partial(contiguous_attention, name="jaxattn_prefill", kv_layout=kv_layout)
-    return _run(options, kernel, xla, mosaic, q, (k, v, kv_scales), plan, v)
+    return _run(options, kernel, xla, mosaic, q, (k, v, kv_scales), plan, v, kv_scales)
 
 
 class _Options(NamedTuple):
@@ -259,7 +259,7 @@ def _paged(name: str, q: Array, cache: PagedKVCache, plan: AttentionPlan, option
         return paged_attention(*args, name=name, **how)
 
     kernel = functools.partial(paged_attention, name=name)
-    return _run(options, kernel, xla, mosaic, q, (cache,), plan, cache.arrays[-1])
+    return _run(options, kernel, xla, mosaic, q, (cache,), plan, cache.arrays[-1], cache.scales)
 
 
 def _run(
@@ -271,8 +271,12 @@ def _run(
     kv: tuple[Any, ...],
     plan: AttentionPlan,
     values: Array,
+    scales: KVScales | None,
 ) -> Any:
-    """Checks the options, and runs the op on (q, *kv, plan, sinks, score mods); values: the array that has V."""
+    """Checks the options, and runs the op on (q, *kv, plan, sinks, score mods).
+
+    values, scales: of kv, the array that has V, and what keys and values are multiplied by.
+    """
     how: dict[str, Any] = dict(
         score=Score(
             check_scale(options.sm_scale, q.shape[-1]), check_soft_cap(options.logits_soft_cap)
@@ -297,7 +301,12 @@ def _run(
     elif len(options.score_mod_arrays):
         raise ValueError("score_mod_arrays are arguments of score_mod, which is None: give both")
     why_not = why_not_attention(
-        q, values, plan, score_mods=bool(score_mods), out_dtype=how["out_dtype"]
+        q,
+        values,
+        plan,
+        scales=scales is not None,
+        score_mods=bool(score_mods),
+        out_dtype=how["out_dtype"],
     )
     # A kernel takes no array without elements.
     empty = not all(x.size for x in jax.tree.leaves((q, kv)))
