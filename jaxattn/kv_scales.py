@@ -66,8 +66,8 @@ class KVScales:
 
     @property
     def per_token(self) -> bool:
-        """Whether they are pages."""
-        return np.ndim(self.k) > 1
+        """Whether they are pages; `check` refuses those of which only one is."""
+        return max(np.ndim(self.k), np.ndim(self.v)) > 1
 
     def check(self, page_shape: tuple[int, ...], num_kv_heads: int) -> None:
         """Raises ValueError or TypeError, with the reason, unless they fit pages of this shape, head_dim left out."""
@@ -77,7 +77,7 @@ class KVScales:
                 raise TypeError(
                     f"{name} must be a float32 array; got {came}: use KVScales.of(k_scale, v_scale)"
                 )
-            if x.ndim > 1 or self.per_token:
+            if self.per_token:
                 check_shape(name, x, page_shape)
             elif x.ndim == 1:
                 check_shape(name, x, (num_kv_heads,))
