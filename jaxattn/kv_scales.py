@@ -50,6 +50,9 @@ def fp8_dtype(name: DTypeLike) -> jnp.dtype:
 class KVScales:
     """What the numbers of a cache are multiplied by: float32 arrays, positive and finite, in a pytree.
 
+    A head whose vectors are all zeros needs a positive scale as well, 1 say: an append divides by it. Only arrays on
+    the host (NumPy) are checked.
+
     Attributes:
       k, v: [] for all; [kh] for each KV head; or, both of them, pages [n, p, kh] (NHD) or [n, kh, p] (HND) for each
         token and head, which are part of the cache and written by the append.
