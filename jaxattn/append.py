@@ -42,7 +42,10 @@ def append_paged_kv_cache(
     *,
     backend: str | None = None,
 ) -> PagedKVCache:
-    """Writes token i at `positions[i]` of request `batch_indices[i]`, in the cache's dtype.
+    """Writes token i at `positions[i]` of request `batch_indices[i]`, in the cache's dtype, divided by its scales.
+
+    Of a cache with scales per token, each token's own largest finite magnitude in a head sets them, and they are
+    written beside it. In a float8 cache what is beyond the dtype's range saturates, and NaN stays NaN.
 
     The page table already owns the pages of the new tokens. A token is dropped where its request is
     outside [0, b) (padding rows of `get_batch_indices_positions` have -1), its position is negative
@@ -62,7 +65,7 @@ def append_paged_kv_cache(
       backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
 
     Returns:
-      The cache with the tokens written.
+      The cache with the tokens, and their scales where each has its own, written.
 
     Raises:
       ValueError: shapes that do not fit, a backend that cannot run here.
@@ -112,8 +115,8 @@ def rope_append_paged_kv_cache(
     Norms the heads of q and k where there are weights (`rmsnorm`), rotates them
     (`apply_rope_with_cos_sin_cache`), returns q and appends k and v (`append_paged_kv_cache`): each
     number is read once, computed in float32 and rounded once, and q, k and v are read where they
-    lie, in the result of one projection or of three. Tokens are dropped as by
-    `append_paged_kv_cache`; their q is returned.
+    lie, in the result of one projection or of three. Tokens are scaled, saturate and are dropped as
+    by `append_paged_kv_cache`; the q of those that are dropped is returned.
 
     Args:
       qkv: [t, (num_qo_heads + 2 * num_kv_heads) * head_dim], the heads of q, then of k, then of v;

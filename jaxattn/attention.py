@@ -68,7 +68,8 @@ def paged_decode(
       out_dtype: dtype of o, float16, bfloat16 or float32; default: q's.
       return_lse: also return the logsumexp of the logits.
       backend: "triton", "mosaic", "xla", "interpret", or None: on an NVIDIA GPU Triton, or on Hopper Mosaic for what
-        it serves (prefill in 16 bits of head_dim 64, 128 and 256, without masks, spans and score mods); XLA elsewhere.
+        it serves (prefill in 16 bits of head_dim 64, 128 and 256, without masks, spans, scales and score mods); XLA
+        elsewhere.
 
     Returns:
       o [b, num_qo_heads, V's head_dim]; with return_lse, (o, lse float32 [b, num_qo_heads], natural log). A request
@@ -229,7 +230,7 @@ def ragged_prefill(
         return contiguous_attention(*args, name="jaxattn_prefill", kv_layout=kv_layout, **how)
 
     kernel = functools.partial(contiguous_attention, name="jaxattn_prefill", kv_layout=kv_layout)
-    return _run(options, kernel, xla, mosaic, q, (k, v, kv_scales), plan, v)
+    return _run(options, kernel, xla, mosaic, q, (k, v, kv_scales), plan, v, kv_scales)
 
 
 class _Options(NamedTuple):
@@ -259,7 +260,7 @@ def _paged(name: str, q: Array, cache: PagedKVCache, plan: AttentionPlan, option
         return paged_attention(*args, name=name, **how)
 
     kernel = functools.partial(paged_attention, name=name)
-    return _run(options, kernel, xla, mosaic, q, (cache,), plan, cache.arrays[-1])
+    return _run(options, kernel, xla, mosaic, q, (cache,), plan, cache.arrays[-1], cache.scales)
 
 
 def _run(
@@ -271,8 +272,12 @@ def _run(
     kv: tuple[Any, ...],
     plan: AttentionPlan,
     values: Array,
+    scales: KVScales | None,
 ) -> Any:
-    """Checks the options, and runs the op on (q, *kv, plan, sinks, score mods); values: the array that has V."""
+    """Checks the options, and runs the op on (q, *kv, plan, sinks, score mods).
+
+    values, scales: of kv, the array that has V, and what keys and values are multiplied by.
+    """
     how: dict[str, Any] = dict(
         score=Score(
             check_scale(options.sm_scale, q.shape[-1]), check_soft_cap(options.logits_soft_cap)
@@ -297,7 +302,12 @@ def _run(
     elif len(options.score_mod_arrays):
         raise ValueError("score_mod_arrays are arguments of score_mod, which is None: give both")
     why_not = why_not_attention(
-        q, values, plan, score_mods=bool(score_mods), out_dtype=how["out_dtype"]
+        q,
+        values,
+        plan,
+        scales=scales is not None,
+        score_mods=bool(score_mods),
+        out_dtype=how["out_dtype"],
     )
     # A kernel takes no array without elements.
     empty = not all(x.size for x in jax.tree.leaves((q, kv)))

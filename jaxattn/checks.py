@@ -178,15 +178,15 @@ def check_heads(num_qo_heads: int, num_kv_heads: int) -> None:
         )
 
 
-def check_scale(sm_scale: float | None, head_dim: int) -> float:
+def check_scale(scale: float | None, head_dim: int, name: str = "sm_scale") -> float:
     """The softmax scale as a float: 1 / sqrt(head_dim) for None."""
-    if sm_scale is None:
+    if scale is None:
         return head_dim**-0.5
-    if isinstance(sm_scale, jax.core.Tracer):
-        raise TypeError("sm_scale must be a Python float, known when the function is traced")
-    if not 0 < float(sm_scale) < float("inf"):
-        raise ValueError(f"sm_scale must be positive and finite; got {sm_scale}")
-    return float(sm_scale)
+    if isinstance(scale, jax.core.Tracer):
+        raise TypeError(f"{name} must be a Python float, known when the function is traced")
+    if not 0 < float(scale) < float("inf"):
+        raise ValueError(f"{name} must be positive and finite; got {scale}")
+    return float(scale)
 
 
 def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:

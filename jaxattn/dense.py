@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -22,6 +23,7 @@ from jaxattn.checks import (
     check_array,
     check_index,
     check_same_dtype,
+    check_scale,
     check_shape,
     copied_from_host,
 )
@@ -118,7 +120,7 @@ def dot_product_attention(
         plan = batch.plan_mask(mask)
 
     how: dict[str, Any] = dict(
-        sm_scale=scale,
+        sm_scale=check_scale(scale, h, "scale"),
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         return_lse=True,
@@ -249,7 +251,10 @@ def _visible(is_causal: bool, window: int | tuple[int, int] | None) -> Visible:
     if window is None:
         return Visible.of(is_causal)
     sizes = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
-    if len(sizes) != 2 or not all(hasattr(x, "__index__") and x >= 0 for x in sizes):
+    static = all(
+        hasattr(x, "__index__") and not isinstance(x, (bool, jax.core.Tracer)) for x in sizes
+    )
+    if len(sizes) != 2 or not static or min(sizes) < 0:
         raise ValueError(
             "local_window_size must be an integer or (left, right), at least 0 and known when the function is traced, "
             f"or None; got {window}"

@@ -50,6 +50,9 @@ def fp8_dtype(name: DTypeLike) -> jnp.dtype:
 class KVScales:
     """What the numbers of a cache are multiplied by: float32 arrays, positive and finite, in a pytree.
 
+    A head whose vectors are all zeros needs a positive scale as well, 1 say: an append divides by it. Only arrays on
+    the host (NumPy) are checked.
+
     Attributes:
       k, v: [] for all; [kh] for each KV head; or, both of them, pages [n, p, kh] (NHD) or [n, kh, p] (HND) for each
         token and head, which are part of the cache and written by the append.
@@ -66,8 +69,8 @@ class KVScales:
 
     @property
     def per_token(self) -> bool:
-        """Whether they are pages."""
-        return np.ndim(self.k) > 1
+        """Whether they are pages; `check` refuses those of which only one is."""
+        return max(np.ndim(self.k), np.ndim(self.v)) > 1
 
     def check(self, page_shape: tuple[int, ...], num_kv_heads: int) -> None:
         """Raises ValueError or TypeError, with the reason, unless they fit pages of this shape, head_dim left out."""
@@ -77,7 +80,7 @@ class KVScales:
                 raise TypeError(
                     f"{name} must be a float32 array; got {came}: use KVScales.of(k_scale, v_scale)"
                 )
-            if x.ndim > 1 or self.per_token:
+            if self.per_token:
                 check_shape(name, x, page_shape)
             elif x.ndim == 1:
                 check_shape(name, x, (num_kv_heads,))

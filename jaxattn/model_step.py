@@ -22,6 +22,7 @@ from jaxattn.checks import (
     check_host_lengths,
     check_index,
     check_int32,
+    check_positive,
     check_shape,
     copied_from_host,
 )
@@ -97,7 +98,7 @@ def begin_step(
 
     Raises:
       ValueError: shapes, head counts or a window that do not fit; rows of `valid` with holes, or lengths beyond a row's
-        pages, where they are on the host (NumPy).
+        pages, before the step or after it, where they are on the host (NumPy).
       TypeError: arrays of other dtypes.
     """
     check_shape("valid", valid, ("b", "t"))
@@ -114,9 +115,13 @@ def begin_step(
     check_index("kv_len", kv_len, b)
     check_shape("block_table", block_table, (b, "w"))
     check_int32("block_table", block_table)
+    check_positive(page_size=page_size)
     if isinstance(kv_len, np.ndarray):
         width = block_table.shape[1]
-        check_host_lengths("kv_len", kv_len, width * page_size, f"{width} pages of {page_size}")
+        fits = width * page_size, f"{width} pages of {page_size}"
+        check_host_lengths("kv_len", kv_len, *fits)
+        if isinstance(valid, np.ndarray):
+            check_host_lengths("(kv_len + valid.sum(axis=1))", kv_len + valid.sum(axis=1), *fits)
     valid, kv_len, block_table = (copied_from_host(x) for x in (valid, kv_len, block_table))
 
     count = valid.sum(axis=1, dtype=jnp.int32)

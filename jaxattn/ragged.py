@@ -101,7 +101,7 @@ def paged_attention(
     say it.
 
     Args:
-      q: [t, h, d], the cache's dtype.
+      q: [t, h, d], float16, bfloat16 or float32; the cache's dtype, unless that is float8.
       paged_kv_cache: the cache of one layer, which already holds the new tokens: a `PagedKVCache`, or a tuple (k, v) of
         arrays [n, p, kh, d], or [b, w, p, kh, d] for a pool of b * w pages.
       cu_q_lens, kv_lens, block_tables, num_seqs, window_left: as for `plan_paged_attention`.

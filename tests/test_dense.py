@@ -431,6 +431,7 @@ ERRORS = [
     (TypeError, "mask must be an array", dict(mask=[True])),
     (ValueError, "local_window_size must be", dict(local_window_size=-1)),
     (ValueError, "local_window_size must be", dict(local_window_size=(3, None))),
+    (ValueError, "local_window_size must be", dict(local_window_size=True)),
     (ValueError, "query_seq_lengths must have shape", dict(query_seq_lengths=i32(1))),
     (TypeError, "key_value_seq_lengths must be int32", dict(key_value_seq_lengths=jnp.ones(2))),
     (ValueError, "key must have shape", dict(key=jnp.zeros((2, 20, 2, 16)))),
@@ -442,7 +443,7 @@ ERRORS = [
         "at least one request and one key",
         dict(key=jnp.zeros((2, 0, 2, 32)), value=jnp.zeros((2, 0, 2, 32))),
     ),
-    (ValueError, "sm_scale must be positive", dict(scale=-1.0)),
+    (ValueError, "^scale must be positive", dict(scale=-1.0)),
     (ValueError, "multiple|divide", dict(query=jnp.zeros((2, 3, 3, 32)))),
 ]
 
@@ -453,3 +454,12 @@ def test_errors(error, message, change):
     args = dict(query=q, key=k, value=v) | change
     with pytest.raises(error, match=message):
         ja.dot_product_attention(**args)
+
+
+@pytest.mark.parametrize("error,name", [(ValueError, "local_window_size"), (TypeError, "scale")])
+def test_what_is_static_must_not_be_traced(error, name):
+    def attend(x):
+        return ja.dot_product_attention(*make(2, 3, 20, 4, 2), **{name: x})
+
+    with pytest.raises(error, match=f"^{name} must be .* known when the function is traced"):
+        jax.jit(attend)(1)

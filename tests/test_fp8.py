@@ -633,6 +633,11 @@ def zeros(**how):
         ),
         (
             ValueError,
+            r"k_scale must have shape \[3, 4, 2\]; got \[\]",
+            lambda: zeros(dtype=E4M3, scales=ja.KVScales.of(1, jnp.ones((3, 4, 2)))),
+        ),
+        (
+            ValueError,
             "k_scale must be positive and finite",
             lambda: zeros(dtype=E4M3, scales=ja.KVScales(*np.float32([-1, 1]))),
         ),

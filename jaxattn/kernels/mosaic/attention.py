@@ -480,7 +480,7 @@ def paged_attention(
     Returns:
       (o [t, h, d], lse float32 [t, h]).
     """
-    config = config or _config(q, plan)
+    config = config or default_config(q.shape[-1])
     source = KeySource.of_cache(cache, config.block_kv)
     arrays = source.arrays(cache.arrays[0], cache.arrays[-1])
     return _attention(q, arrays, source, plan, sinks, score=score, name=name, config=config)
@@ -502,15 +502,11 @@ def contiguous_attention(
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over contiguous k, v [tokens, kh, d] ("NHD") or [kh, tokens, d] ("HND"), as `paged_attention`."""
-    config = config or _config(q, plan)
+    config = config or default_config(q.shape[-1])
     tokens = k.shape[0 if kv_layout == "NHD" else 1]
     source = KeySource.contiguous(tokens, plan.num_kv_heads, kv_layout, config.block_kv)
     arrays = source.arrays(k, v)
     return _attention(q, arrays, source, plan, sinks, score=score, name=name, config=config)
-
-
-def _config(q: jax.Array, plan: AttentionPlan) -> Config:
-    return default_config(q.shape[-1])
 
 
 def _attention(

@@ -29,12 +29,18 @@ def why_not_attention(
     values: jax.Array,
     plan: AttentionPlan,
     *,
+    scales: bool,
     score_mods: bool,
     out_dtype: jax.typing.DTypeLike,
 ) -> str | None:
-    """Why this attention does not run here, None: it does; values: V, or the array that holds it."""
+    """Why this attention does not run here, None: it does.
+
+    values: V, or the array that holds it; scales, score_mods: whether there are any.
+    """
     if (reason := why_not()) is not None:
         return reason
+    if scales:
+        return "it has no scales of keys and values"
     d = q.shape[-1]
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16; q is {q.dtype}"
