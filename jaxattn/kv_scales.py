@@ -28,6 +28,8 @@ FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 
 # A token's own scale is at least this, also of zeros: sums of its reciprocals over any number of keys stay finite.
 MIN_SCALE = 2.0**-64
+# A given scale counts as at least this, whose reciprocal is finite: 0, which a calibration finds for a head of zeros.
+SMALLEST = 2.0**-126
 
 
 def fp8_dtype(name: DTypeLike) -> jnp.dtype:
@@ -50,8 +52,7 @@ def fp8_dtype(name: DTypeLike) -> jnp.dtype:
 class KVScales:
     """What the numbers of a cache are multiplied by: float32 arrays, positive and finite, in a pytree.
 
-    A head whose vectors are all zeros needs a positive scale as well, 1 say: an append divides by it. Only arrays on
-    the host (NumPy) are checked.
+    A scale below 2^-126, 0 included, counts as 2^-126. Only arrays on the host (NumPy) are checked.
 
     Attributes:
       k, v: [] for all; [kh] for each KV head; or, both of them, pages [n, p, kh] (NHD) or [n, kh, p] (HND) for each
@@ -105,7 +106,7 @@ def stored(x: Array, scale: Array | None, dtype: DTypeLike) -> Array:
     scale: float32, broadcasts against x; None: 1.
     """
     if scale is not None:
-        x = x.astype(jnp.float32) * (1.0 / scale)
+        x = x.astype(jnp.float32) * (1.0 / jnp.maximum(scale, SMALLEST))
     if jnp.dtype(dtype).name not in FP8_DTYPES:
         return x.astype(dtype)
     x = x.astype(jnp.float32)

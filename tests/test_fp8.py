@@ -366,6 +366,38 @@ def test_more_than_2_to_the_31_elements_gpu(size, combined, gpu_memory):
     np.testing.assert_allclose(np.asarray(o), np.asarray(want), atol=2e-3)
 
 
+def heads_of_zeros(backend):
+    """What a calibration by largest magnitudes gives for a head of zeros: a scale of 0."""
+    scales = ja.KVScales(jnp.float32([0.5, 0.0]), jnp.float32([0.0, 0.25]))
+    cache = ja.PagedKVCache.zeros(4, 16, 2, 64, E4M3, scales=scales)
+    table = ja.PageTable.from_block_table(jnp.int32([[2, 0]]), i32(20), 16)
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((20, 2, 64)).astype(np.float32) for _ in "kv")
+    k[:, 1], v[:, 0] = 0, 0
+    at = jnp.zeros(20, jnp.int32), jnp.arange(20, dtype=jnp.int32)
+    cache = ja.append_paged_kv_cache(
+        jnp.asarray(k), jnp.asarray(v), *at, cache, table, backend=backend
+    )
+    assert not np.isnan(np.asarray(cache.k, np.float32)).any()
+    plan = ja.plan_decode(table, num_qo_heads=4, num_kv_heads=2, num_sms=2)
+    q = jnp.asarray(rng.standard_normal((1, 4, 64))).astype(bf16)
+    o = np.asarray(ja.paged_decode(q, cache, plan, backend=backend, out_dtype=f32))
+    np.testing.assert_array_equal(o[0, :2], 0)
+    # Without keys all values weigh the same.
+    want = 0.25 * np.asarray(cache.v, np.float32)[[2, 0]].reshape(32, 2, 64)[:20, 1].mean(0)
+    np.testing.assert_allclose(o[0, 2:], np.stack([want, want]), atol=2e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_of_zeros(backend):
+    heads_of_zeros(backend)
+
+
+@pytest.mark.gpu
+def test_heads_of_zeros_gpu():
+    heads_of_zeros(None)
+
+
 def test_what_the_lowering_would_count_wrong_is_an_error():
     """It has offsets of 32 bits up to 2^32 bytes, but signed ones: beyond 2^31 elements of 8 bits they are negative."""
     cache = jax.eval_shape(lambda: ja.PagedKVCache.zeros(2**17, 16, 8, 256, E5M2))

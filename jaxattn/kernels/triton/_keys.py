@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxattn.kernels.triton._float16 import unpaired
 from jaxattn.kernels.triton._rows import both, pow2
 from jaxattn.kv_cache import RowStrides
+from jaxattn.kv_scales import SMALLEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Keys:
         if self.scale_refs is None or self.source.scales_per_token:
             return None, None
         k, v = (
-            ref[self.head if ref.shape[0] > 1 else 0]
+            jnp.maximum(ref[self.head if ref.shape[0] > 1 else 0], SMALLEST)
             for ref in (self.scale_refs.k, self.scale_refs.v)
         )
         return k, v

@@ -33,7 +33,7 @@ from jaxattn.kernels.triton._rows import pow2
 from jaxattn.kernels.triton._split_merge import Merging, Partials
 from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides
-from jaxattn.kv_scales import FP8_DTYPES, KVScales
+from jaxattn.kv_scales import FP8_DTYPES, SMALLEST, KVScales
 from jaxattn.operands import ScoreMod, modified
 from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, AttentionPlan
 from jaxattn.spec import AttentionSpec, Score
@@ -157,7 +157,8 @@ def _attention_kernel(
     row_scale, v_scale = keys.row_scales()
     if q.dtype != static.source.dtype:
         q, power = in_float16(q)
-        row_scale = power if row_scale is None else power * row_scale
+        # Not 0, which times the -inf of a masked score is NaN.
+        row_scale = power if row_scale is None else jnp.maximum(power * row_scale, SMALLEST)
     in_exponent = not (static.score.soft_cap or score_mods or static.source.scales_per_token)
     if row_scale is not None and in_exponent:
         softmax = dataclasses.replace(softmax, row_scale=row_scale)
