@@ -259,7 +259,8 @@ def test_programs(backend):
     def attention(q, k, v, length, how):
         traced.append(how)
         if how == "jax":
-            return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length)
+            with jax.default_matmul_precision("highest"):  # a GPU's default is TF32
+                return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length)
         if how == "mask":
             mask = (jnp.arange(s)[None, :] < length[:, None])[:, None, None, :]
             return ja.dot_product_attention(q, k, v, mask=mask, backend=backend)

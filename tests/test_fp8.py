@@ -71,7 +71,11 @@ def test_options_combine_in_the_reference(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", PAIRS, ids=lambda case: f"{case['op']}-{case['scales']}")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if i % 3 else ()) for i, case in enumerate(PAIRS)],
+    ids=lambda case: f"{case['op']}-{case['scales']}",
+)
 def test_options_combine_gpu(case):
     run_pair(case, None, [*LENS, 3000], [*QO_LENS, 200])
 

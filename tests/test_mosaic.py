@@ -321,9 +321,18 @@ VARIANTS = [
 ]
 
 
+SHAPES = [(1, 128), (16, 128), (16, 64), (64, 256)]  # page_size, head_dim
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("page_size, head_dim", [(1, 128), (16, 128), (16, 64), (64, 256)])
+@pytest.mark.parametrize(
+    "variant, page_size, head_dim",
+    [
+        pytest.param(variant, *shape, marks=pytest.mark.slow if (i + j) % 3 else ())
+        for i, variant in enumerate(VARIANTS)
+        for j, shape in enumerate(SHAPES)
+    ],
+)
 def test_variants_gpu(hopper, variant, page_size, head_dim):
     check(
         variant,

@@ -82,8 +82,8 @@ def _check_addressable(x: Any) -> None:
     """The lowering counts elements in an int32 up to 2^32 bytes: those of 8 bits beyond 2^31 would be negative."""
     if x.dtype.itemsize == 1 and 2**31 < x.size <= 2**32:
         raise NotImplementedError(
-            f"an array of {x.dtype} must have at most 2^31 elements, or more than 2^32, which JAX's Triton lowering then "
-            f"counts in 64 bits; got {list(x.shape)}, {x.size}: use fewer or more pages, or backend='xla'"
+            f"an array of {x.dtype} must have at most 2^31 elements, or more than 2^32, which JAX's Triton lowering "
+            f"then counts in 64 bits; got {list(x.shape)}, {x.size}: use fewer or more pages, or backend='xla'"
         )
 
 

@@ -77,7 +77,7 @@ class OnlineSoftmax:
         v: the values, or, of n parts, each n-th of their columns.
 
         v_scale: float32 [k], what the values are to be multiplied by. In 16 bits its logarithm is added to the scores,
-        so that the largest weight is as large as without it, whatever the scales; the sum of weights takes it out again.
+        so that the largest weight is as large as without it, whatever the scales; the sum of weights takes it out.
         """
         if self.interpret and self.row_scale is not None:
             s = s * self.row_scale.reshape(-1, 1)
