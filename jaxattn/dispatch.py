@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattn.checks import check_choice
+from jaxattn.checks import check_choice, copied_from_host
 from jaxattn.device import on_gpu
 
 BACKENDS = (None, "triton", "mosaic", "xla", "interpret")
@@ -43,7 +43,7 @@ def dispatch(
         raise ValueError(
             f"backend='mosaic' cannot serve this call: {mosaic}. Use backend='triton', or None to choose"
         )
-    args = jax.tree.map(jnp.asarray, args)
+    args = jax.tree.map(lambda x: jnp.asarray(copied_from_host(x)), args)
     if backend == "xla":
         return reference(*args)
     if backend == "interpret":

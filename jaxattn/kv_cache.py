@@ -26,6 +26,7 @@ from jaxattn.checks import (
     check_int32,
     check_positive,
     check_shape,
+    copied_from_host,
 )
 from jaxattn.kv_scales import FP8_DTYPES, KVScales
 
@@ -343,7 +344,7 @@ class PageTable:
         width = block_table.shape[1]
         if isinstance(kv_len, np.ndarray):
             check_host_lengths("kv_len", kv_len, width * page_size, f"{width} pages of {page_size}")
-        kv_len = jnp.asarray(kv_len)
+        kv_len = copied_from_host(kv_len)
         num_pages = jnp.clip(-(-kv_len // page_size), 0, width)
         indptr = jnp.pad(jnp.cumsum(num_pages, dtype=jnp.int32), (1, 0))
         column = jnp.arange(width, dtype=jnp.int32)[None, :]
@@ -410,7 +411,7 @@ class PageTable:
 
     def padded(self) -> "PageTable":
         """This table on the device, with at least one entry: kernels take no array without elements."""
-        table = jax.tree.map(jnp.asarray, self)
+        table = jax.tree.map(copied_from_host, self)
         if table.indices.size:
             return table
         return dataclasses.replace(table, indices=jnp.zeros(1, jnp.int32), indptr=table.indptr * 0)
@@ -501,7 +502,7 @@ def get_batch_indices_positions(
     """
     check_index("seq_lens", seq_lens, "b")
     check_index("append_indptr", append_indptr, seq_lens.shape[0] + 1)
-    append_indptr, seq_lens = jnp.asarray(append_indptr), jnp.asarray(seq_lens)
+    append_indptr, seq_lens = copied_from_host(append_indptr), copied_from_host(seq_lens)
     row = jnp.arange(nnz, dtype=jnp.int32)
     batch = jnp.searchsorted(append_indptr[1:], row, side="right").astype(jnp.int32)
     used = row < append_indptr[-1]

@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxattn.checks import check_index, check_int32, check_positive, check_shape
+from jaxattn.checks import (
+    check_host_indptr,
+    check_index,
+    check_int32,
+    check_positive,
+    check_shape,
+    copied_from_host,
+)
 from jaxattn.device import num_sms as default_num_sms
 from jaxattn.kv_cache import PageTable
 from jaxattn.operands import MaskBits
@@ -224,6 +231,7 @@ def plan_prefill(
     """
     page_table, page_size = _checked(page_table, page_size)
     check_index("qo_indptr", qo_indptr, page_table.batch_size + 1)
+    check_host_indptr("qo_indptr", qo_indptr)
     spec = _spec(
         num_qo_heads,
         num_kv_heads,
@@ -233,7 +241,7 @@ def plan_prefill(
         mask,
         bidirectional_spans,
     )
-    qo_indptr, keys = jnp.asarray(qo_indptr), Keys.of(page_table, page_size)
+    qo_indptr, keys = copied_from_host(qo_indptr), Keys.of(page_table, page_size)
     return prefill_plan(
         qo_indptr,
         keys,
@@ -268,8 +276,10 @@ def plan_ragged_prefill(
     """
     check_index("kv_indptr", kv_indptr, "b + 1")
     check_index("qo_indptr", qo_indptr, kv_indptr.shape[0])
+    for name, indptr in (("kv_indptr", kv_indptr), ("qo_indptr", qo_indptr)):
+        check_host_indptr(name, indptr)
     check_positive(batch_size=kv_indptr.shape[0] - 1)
-    qo_indptr, kv_indptr = jnp.asarray(qo_indptr), jnp.asarray(kv_indptr)
+    qo_indptr, kv_indptr = copied_from_host(qo_indptr), copied_from_host(kv_indptr)
     start = jnp.maximum(kv_indptr[:-1], 0)
     kv_len = jnp.maximum(kv_indptr[1:] - start, 0)
     spec = _spec(

@@ -12,7 +12,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxattn.attention import paged_prefill
-from jaxattn.checks import check_array, check_index, check_shape, copied_from_host
+from jaxattn.checks import (
+    check_array,
+    check_host_indptr,
+    check_index,
+    check_shape,
+    copied_from_host,
+)
 from jaxattn.kv_cache import PageTable, as_pool
 from jaxattn.plan import AttentionPlan, plan_prefill
 
@@ -51,7 +57,9 @@ def plan_paged_attention(
     b = block_tables.shape[0]
     check_index("kv_lens", kv_lens, b)
     check_index("cu_q_lens", cu_q_lens, b + 1)
-    if num_seqs is not None:
+    if num_seqs is None:
+        check_host_indptr("cu_q_lens", cu_q_lens)
+    else:
         check_array("num_seqs", num_seqs, "jnp.int32")
         if num_seqs.size != 1 or not jnp.issubdtype(num_seqs.dtype, jnp.integer):
             raise ValueError(

@@ -408,3 +408,31 @@ def test_windows_and_spans_of_the_largest_int32():
     with pytest.raises(ValueError, match="window_right=3 has no effect under a causal mask"):
         ja.plan_prefill(n, table, causal=True, window_right=3, **how)
     assert ja.plan_prefill(n, table, window_right=3, **how).spec.visible.window_right == 3
+
+
+def test_index_arrays_on_the_host_are_checked_and_copied():
+    """Whoever refills a buffer for the next step does not change the plan that was made of it."""
+    rows = np.array([[3, 1], [0, 2]], np.int32)
+    lens, indptr = np.array([5, 7], np.int32), np.array([0, 2, 5], np.int32)
+    table = ja.PageTable.from_block_table(rows, lens, 4)
+    heads = dict(num_qo_tokens=5, num_qo_heads=2, num_kv_heads=1)
+    plan = ja.plan_prefill(indptr, table, **heads)
+    ragged = ja.plan_ragged_prefill(indptr, indptr, **heads)
+    before = jax.tree.map(lambda x: np.array(x), (plan, ragged))
+    rows[:], lens[:], indptr[:] = 9, 9, 9
+    jax.tree.map(np.testing.assert_array_equal, (plan, ragged), before)
+    wrong = np.array([0, 2, 1], np.int32)
+    with pytest.raises(ValueError, match="qo_indptr must start at 0 and not decrease"):
+        ja.plan_prefill(wrong, table, **heads)
+    with pytest.raises(ValueError, match="kv_indptr must start at 0 and not decrease"):
+        ja.plan_ragged_prefill(np.array([0, 2, 5], np.int32), wrong, **heads)
+    with pytest.raises(ValueError, match="cu_q_lens must start at 0 and not decrease"):
+        ja.plan_paged_attention(
+            wrong,
+            np.array([5, 7], np.int32),
+            np.zeros((2, 2), np.int32),
+            page_size=4,
+            num_q_tokens=5,
+            num_qo_heads=2,
+            num_kv_heads=1,
+        )
