@@ -37,7 +37,7 @@ def check_fp8(dtype: Any) -> None:
 
 
 def on_gpu() -> bool:
-    """Whether it is a GPU."""
+    """Whether programs are for a GPU: JAX's default device is one, or that of the mesh in force."""
     return jax.default_backend() == "gpu" or getattr(_target(), "platform", None) == "gpu"
 
 

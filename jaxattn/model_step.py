@@ -203,7 +203,7 @@ def attend(
       is_neox, q_norm_weight, k_norm_weight, eps: as for `rope_append_paged_kv_cache`; they need `rope`.
       rope_positions: int32 [b, t], rows of the table; default: `step.positions`. It needs `rope`.
       sm_scale, logits_soft_cap, sinks, alibi_slopes, score_mod, score_mod_arrays, out_dtype: as for `paged_decode`.
-      backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
+      backend: as for `paged_decode`, of the attention; the append goes through Triton where that is "mosaic".
 
     Returns:
       (o [b, t, num_qo_heads, V's head_dim], the cache in the form in which it came). Padding gives 0.
@@ -222,6 +222,7 @@ def attend(
     pool, back = as_pool(paged_kv_cache)
     q, k, v = (x.reshape(b * t, *x.shape[2:]) for x in (q, k, v))
     where = step.batch_indices.reshape(b * t), step.positions.reshape(b * t)
+    writing = "triton" if backend == "mosaic" else backend
     if rope is None:
         needs = dict(
             is_neox=not is_neox,
@@ -231,7 +232,7 @@ def attend(
         )
         for name in (name for name, given in needs.items() if given):
             raise ValueError(f"{name} has no effect without rope: give its table, or leave it out")
-        pool = append_paged_kv_cache(k, v, *where, pool, step.page_table, backend=backend)
+        pool = append_paged_kv_cache(k, v, *where, pool, step.page_table, backend=writing)
     else:
         if rope_positions is not None:
             check_shape("rope_positions", rope_positions, (b, t))
@@ -247,7 +248,7 @@ def attend(
             q_norm_weight=q_norm_weight,
             k_norm_weight=k_norm_weight,
             eps=eps,
-            backend=backend,
+            backend=writing,
         )
     attention: Callable[..., Array] = paged_decode if plan.is_decode else paged_prefill
     o = attention(
