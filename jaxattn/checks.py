@@ -75,9 +75,10 @@ def copied_from_host(x: Any) -> Any:
     """`x`, copied to the device where it is NumPy's.
 
     `jnp.asarray`, `jnp.array` and calls of jitted functions may read NumPy's memory after they have
-    returned: whoever refills a buffer for the next step would change this one.
+    returned: whoever refills a buffer for the next step would change this one. And `jnp.asarray`
+    compiles a program for each length, which `device_put` does not.
     """
-    return jnp.asarray(x.copy()) if isinstance(x, np.ndarray) else x
+    return jax.device_put(x.copy()) if isinstance(x, np.ndarray) else x
 
 
 def check_host_indptr(name: str, indptr: Any) -> None:

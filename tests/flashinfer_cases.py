@@ -38,7 +38,7 @@ def normal(shape, dtype, seed=1):
 
 def table_of(paged, as_metadata=np.asarray):
     """FlashInfer's three index arrays; indices without the nonsense that fills their capacity."""
-    indices = np.asarray(paged.table.indices)[: int(paged.table.indptr[-1])]
+    indices = np.asarray(paged.table.indices)[: np.asarray(paged.table.indptr)[-1]]
     return [as_metadata(x) for x in (paged.table.indptr, indices, paged.table.last_page_len)]
 
 
@@ -86,7 +86,7 @@ def no_compilation():
         yield
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled
+    assert not compiled, compiled
 
 
 def slopes_of(num_heads):
