@@ -28,7 +28,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Of tests with many parameters, those that took more than 0.5 s.
+# Of tests with many parameters, those that took more than 0.4 s.
 SLOW = frozenset((Path(__file__).parent / "slow_tests.txt").read_text().splitlines())
 
 
