@@ -63,7 +63,7 @@ class KeySource:
     def in_boxes(self) -> bool:
         """Whether the copy engine can move it: boxes begin and end with a block of 8 rows."""
         if not self.paged:
-            return self.page_size % 8 == 0
+            return self.page_size % 8 == 0 and self.page_size >= self.block
         return self.page_size % 8 == 0 and (
             self.block % self.page_size == 0 or self.page_size % self.block == 0
         )
