@@ -77,7 +77,7 @@ def dot_product_attention(
       return_residual: also return the logsumexp of the logits.
       logits_soft_cap: as `paged_decode`'s: `cap * tanh(x / cap)`.
       sinks: float32 [N], as `paged_decode`'s.
-      backend: "triton", "xla", "interpret", or None: Triton on an NVIDIA GPU, XLA elsewhere.
+      backend: as for `paged_decode`.
 
     Returns:
       [B, T, N, value's H], query's dtype; with return_residual, (that, logsumexp [B, T, N] in key's dtype, -inf without

@@ -63,7 +63,7 @@ def dispatch(
 
 
 def _batched_as(kernel: Callable[..., Any], mosaic: Callable[..., Any]) -> Callable[..., Any]:
-    """`mosaic`; under vmap `kernel`, since only Triton's lowering takes a batch axis as one of its grid."""
+    """`mosaic`; under vmap `kernel`, since a Mosaic launch of ours takes no batch axis."""
     op = jax.custom_batching.custom_vmap(mosaic)
 
     @op.def_vmap

@@ -72,6 +72,7 @@ TABLE = (
     Row(lambda s: s.mid and s.paged, ALL, 64, 4, 5, "one stage is that of the page ids"),
     Row(lambda s: s.mid, ALL, 64, 4, 4, "two programs at once"),
     # Few rows of 8 bits: the loads of 16 bits in half the bytes, so twice as many tiles or keys under way.
+    # Measured for heads of 128, decode and prefill: `benchmarks/results/h100_sweeps_fp8.txt`; the others are guesses.
     Row(lambda s: s.fp8 and s.few and s.programs_per_sm == 2, ALL, 128, 4, 5, "as many bytes"),
     Row(lambda s: s.fp8 and s.few and s.head_dim > 128, ALL, 32, 2, 5, "two tiles of keys at once"),
     Row(
@@ -79,7 +80,7 @@ TABLE = (
     ),
     Row(lambda s: s.fp8 and s.few and s.token_scales, ALL, 64, 2, 5, "two tiles of keys at once"),
     Row(lambda s: s.fp8 and s.few and s.group == 1, ALL, 64, 2, 5, "two tiles of keys at once"),
-    Row(lambda s: s.fp8 and s.few, ALL, 64, 4, 5, "four warps convert twice as fast"),
+    Row(lambda s: s.fp8 and s.few, ALL, 64, 4, 5, "two programs of four warps"),
     # Few rows.
     Row(lambda s: s.few and s.programs_per_sm == 2, ALL, 64, 4, 5, "two tiles of keys at once"),
     Row(lambda s: s.few and s.head_dim > 128, ALL, 32, 2, 4, "as many bytes as 64 keys of 128"),
