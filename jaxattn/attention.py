@@ -189,8 +189,8 @@ def ragged_prefill(
 
     Returns, raises: as `paged_prefill`.
     """
-    _check_prefill(plan)
-    if plan.page_indices is not None:
+    if not isinstance(plan, AttentionPlan) or plan.page_indices is not None:
+        _check_prefill(plan)
         raise ValueError("plan is for paged keys (plan_prefill): use plan_ragged_prefill")
     check_choice("kv_layout", kv_layout, LAYOUTS)
     _check_queries(q, plan)
@@ -227,9 +227,10 @@ def ragged_prefill(
     def mosaic(*args, **how):
         from jaxattn.kernels.mosaic.attention import contiguous_attention
 
-        return contiguous_attention(*args, name="jaxattn_prefill", kv_layout=kv_layout, **how)
+        return contiguous_attention(*args, name=name, kv_layout=kv_layout, **how)
 
-    kernel = functools.partial(contiguous_attention, name="jaxattn_prefill", kv_layout=kv_layout)
+    name = "jaxattn_decode" if plan.is_decode else "jaxattn_prefill"
+    kernel = functools.partial(contiguous_attention, name=name, kv_layout=kv_layout)
     return _run(options, kernel, xla, mosaic, q, (k, v, kv_scales), plan, v, kv_scales)
 
 

@@ -1,7 +1,7 @@
 """`dot_product_attention` over dense caches [B, S, K, H], with the signature and the meaning of `jax.nn`'s.
 
-Keys are read where they lie. Without a mask those of a request are one page of S tokens (decode), or contiguous rows
-(prefill). With one, its pages are the single tokens that some query sees, in order, so that the others are not read:
+Keys are read where they lie. Without a mask those of a request are contiguous rows. With one, its pages are the single
+tokens that some query sees, in order, so that the others are not read:
 
     T = 1                what is seen is all there is to say: plain decode
     a mask of keys       a query sees a run of these tokens: those of its causal mask and its window, counted among them
@@ -131,8 +131,7 @@ def dot_product_attention(
         k, v = (x.reshape(b * s, *x.shape[2:]) for x in (k, v))
         o, lse = ragged_prefill(q, k, v, plan, **how)
     else:
-        pages = (b * s // plan.page_size, plan.page_size)
-        pool = PagedKVCache((k.reshape(*pages, heads, h), v.reshape(*pages, heads, v.shape[-1])))
+        pool = PagedKVCache(tuple(x.reshape(b * s, 1, *x.shape[2:]) for x in (k, v)))
         attend: Callable[..., Any] = paged_decode if plan.is_decode else paged_prefill
         o, lse = attend(q, pool, plan, **how)
     o = o.reshape(*query.shape[:-1], v.shape[-1])
@@ -154,7 +153,7 @@ class _Batch:
         """Without a mask; padded: there may be fewer than T queries."""
         row, s = jnp.arange(self.b, dtype=jnp.int32), self.s
         if self.t == 1:
-            return self._decode(Keys(row, row, self.end, self.end, s, self.b))
+            return self._decode(Keys(None, row * s, self.end, self.end, 1))
         # The last query stands at length - 1, wherever the keys end.
         if not padded:
             return self._prefill(Keys(None, row * s, self.length, self.end, 1), self.spec)

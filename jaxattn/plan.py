@@ -135,8 +135,7 @@ def plan_decode(
 
 
 def decode_plan(keys: Keys, spec: AttentionSpec, splits: "Splits", num_sms: int) -> AttentionPlan:
-    """`plan_decode` of keys on pages, however they were found."""
-    assert keys.page_indices is not None
+    """`plan_decode` of keys wherever they lie."""
     group, batch, page_size = spec.group, keys.kv_len.shape[0], keys.page_size
     block_rows = min(max(MIN_ROWS, 1 << (group - 1).bit_length()), MID_ROWS)
     kv_len, kv_end, page_start = keys.kv_len, keys.kv_end, keys.page_start
@@ -159,7 +158,8 @@ def decode_plan(keys: Keys, spec: AttentionSpec, splits: "Splits", num_sms: int)
         block_rows, group, row.size * spec.num_kv_heads, num_sms, splits.adaptive
     )
     # A full split takes as many pages of the table; each tile has at most one that is not full.
-    most = row.size + tiles_per_request * (keys.page_indices.size // (splits.fixed_size or 1))
+    most_pages = 0 if keys.page_indices is None else keys.page_indices.size
+    most = row.size + tiles_per_request * (most_pages // (splits.fixed_size or 1))
     fill = -(-programs_per_sm * num_sms // spec.num_kv_heads)
     work = make_work_list(tiles, splits.splitting(fill, most, block_rows))
     return AttentionPlan(

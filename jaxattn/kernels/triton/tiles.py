@@ -142,4 +142,6 @@ def default_config(
         token_scales,
     )
     row = next(row for row in TABLE if row.fits(shape))
-    return Config(min(block_rows, row.max_rows), row.keys, row.warps, row.stages)
+    # Page ids are loaded two stages before the keys of a tile of few rows; contiguous keys have none.
+    stages = row.stages if paged or not shape.few else max(row.stages - 2, 2)
+    return Config(min(block_rows, row.max_rows), row.keys, row.warps, stages)
