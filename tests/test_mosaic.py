@@ -100,7 +100,8 @@ def test_asked_for_where_it_cannot_run():
 def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
     """Every key that a row sees lies in a tile; a tile without a mask is one that all rows see whole."""
     from jaxattn.kernels.mosaic._keys import KeySource
-    from jaxattn.kernels.mosaic.attention import Rows, Statics, Unit
+    from jaxattn.kernels.mosaic._rows import Rows
+    from jaxattn.kernels.mosaic._units import Statics, Unit
     from jaxattn.kernels.mosaic.tiles import default_config
     from jaxattn.spec import AttentionSpec, Score
 
@@ -112,7 +113,7 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
         else KeySource.contiguous(4096, 2, "NHD", block)
     )
     spec = AttentionSpec(8, 2, visible)
-    static = Statics(spec, Score(1.0), source, default_config(128), 1)
+    static = Statics(spec, Score(1.0), source, default_config(128), 1, True)
     for kv_len, qo_len in [(1, 1), (130, 130), (1000, 300), (1024, 64), (517, 33), (128, 128)]:
         token = int(rng.integers(0, qo_len)) // 32 * 32
         rows = min(128, (qo_len - token) * group)
@@ -129,8 +130,8 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
         seen = visible.begin(i32(first))
         span = source.span(item, seen, (i32(0), i32(999)) if paged else None)
         assert int(span.begin) == max(begin, int(seen))
-        unit = Rows(static, Unit(item, i32(0), span), item.row_begin, item.row_begin)
-        plain, low = unit.phases()
+        rows = Rows.of(static, Unit(item, i32(0), span), 0)
+        plain, low = rows.phases()
         tiles, origin = int(span.tiles), int(span.origin)
         assert origin <= begin and origin + tiles * block >= end
         assert 1 <= int(plain) <= int(low)

@@ -10,7 +10,7 @@ A token without a page in the cache is absent: it is not read, whatever its tabl
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,26 +97,27 @@ class KeySource:
             end = jnp.minimum(end, self.page_size - item.page_start)
             if self.in_boxes:
                 origin -= lax.rem(item.page_start + origin, 8)
-            absent: Any = jnp.bool_(False)
+            absent = jnp.int32(0)
         else:
             assert self.num_pages is not None
             lowest, highest = page_range
             end = jnp.where(lowest < self.num_pages, end, begin)
-            absent = highest >= self.num_pages
+            absent = (highest >= self.num_pages).astype(jnp.int32)
         # Rows without keys go through one tile that they see nothing of.
         tiles = lax.div(jnp.maximum(end - origin, 1) + (self.block - 1), self.block)
         return Span(begin, end, origin, tiles, absent, item.page_start)
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """The keys of a work item, and the tiles they are read in: tile j begins at position origin + j * block."""
+class Span(NamedTuple):
+    """The keys of a work item, and the tiles they are read in: tile j begins at position origin + j * block.
+
+    int32 scalars."""
 
     begin: jax.Array  # the item's keys are begin .. end - 1
     end: jax.Array
     origin: jax.Array
     tiles: jax.Array
-    absent: jax.Array  # whether some of them may have no page in the cache
+    absent: jax.Array  # not 0: some of them may have no page in the cache
     page_start: jax.Array
 
 

@@ -1,11 +1,12 @@
 """The loading warpgroup: it fills the stages of shared memory with tiles of K and V, as the computing ones empty them.
 
 A stage is `full` when its copies are there, `empty` when both computing warpgroups have read it. Tiles go from a work
-item's last to its first, and on to the next item's.
+item's last to its first, and on to the next item's. Queries have stages of their own, a unit's in each.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,8 +42,29 @@ class Stages:
         pl.when(n >= self.count)(lambda: plgpu.barrier_wait(self.empty.at[self.stage(n)]))
 
 
-def load_boxes(keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages) -> None:
-    """A work item's tiles by the copy engine: two warps start K's boxes, two V's. n tiles were loaded before."""
+@dataclasses.dataclass(frozen=True)
+class Queries(Stages):
+    """Rows [stages, 2, r, d] of q in shared memory, those of a unit for each computing warpgroup, and their barriers.
+
+    A warpgroup that has read its queries for the last time has their memory for its output.
+    """
+
+    def load(self, r: jax.Array, q_ref: Any, rows: Sequence[jax.Array]) -> None:
+        """The queries of the r-th unit; rows int32 [128], EACH, of `row_of_thread`, for each warpgroup."""
+        self.wait_empty(r)
+        stage = self.stage(r)
+        for i, index in enumerate(rows):
+            wg.gather_rows(q_ref, self.tiles.at[stage, i], index)
+        _private.arrive_after_copies(self.full.at[stage])
+
+
+def load_boxes(
+    keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages, first: Any, end: Any
+) -> None:
+    """A work item's tiles first .. end - 1, counted from the last, by the copy engine: two warps start K's boxes, two V's.
+
+    n tiles were loaded before the item's.
+    """
     tiles = keys.span.tiles
 
     def stream(ref: Any, stages: Stages, value: bool, numbers: list[int]) -> None:
@@ -57,7 +79,7 @@ def load_boxes(keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages) 
                 )
             return coming
 
-        lax.fori_loop(0, tiles, tile, keys.pages(tiles - 1, numbers))
+        lax.fori_loop(first, end, tile, keys.pages(tiles - 1 - first, numbers))
 
     boxes, half = keys.source.boxes, WARPS // 2
 
@@ -73,9 +95,14 @@ def load_boxes(keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages) 
     plgpu.warp_map(warp)
 
 
-def load_rows(keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages) -> None:
-    """A work item's tiles by the threads, each token's row by itself."""
+def load_rows(
+    keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages, first: Any, end: Any
+) -> None:
+    """As `load_boxes`, by the threads, each token's row by itself; first < end."""
     tiles, value = keys.span.tiles, keys.source.strides.value
+
+    def rows_of(i):
+        return keys.rows(jnp.maximum(tiles - 1 - i, 0))
 
     def put(ref, stages, n, rows):
         stages.wait_empty(n)
@@ -88,14 +115,13 @@ def load_rows(keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages) -
 
     def tile(i, carry):
         before, rows = carry
-        coming = keys.rows(jnp.maximum(tiles - 2 - i, 0))
+        coming = rows_of(i + 1)
         put(refs[0], k, n + i, rows)
         # A tile's keys are wanted a step before its values.
         put_value(n + i - 1, before)
         return rows, coming
 
-    rows = keys.rows(tiles - 1)
-    put(refs[0], k, n, rows)
-    following = keys.rows(jnp.maximum(tiles - 2, 0))
-    last, _ = lax.fori_loop(1, tiles, tile, (rows, following))
-    put_value(n + tiles - 1, last)
+    rows = rows_of(first)
+    put(refs[0], k, n + first, rows)
+    last, _ = lax.fori_loop(first + 1, end, tile, (rows, rows_of(first + 1)))
+    put_value(n + end - 1, last)

@@ -7,7 +7,7 @@ arrays int32 or float32 [128] of layout EACH: element i is thread i's.
 This file and `_private` alone speak Mosaic's dialects; everything else is Pallas.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ def gather_rows(src: jax.Ref, dst: Any, index: jax.Array) -> None:
     """Begins to copy dst [r, d] (shared memory, TILED) = src[index] (device memory [n, d]), zeros where index < 0.
 
     index int32 [128], EACH: thread i gives the row of src for `row_of_thread(r)[i]` of dst. The copies are under way
-    until `wait_copies`, or until a barrier that `_private.arrive_after_copies` was told of.
+    until a barrier completes that `_private.arrive_after_copies` was told of.
     """
     rows, d = dst.shape[-2:]
 
@@ -148,16 +148,6 @@ def clear_rows(dst: Any, begin: jax.Array, end: jax.Array) -> None:
     clear(dst, begin, end)
 
 
-def wait_copies() -> None:
-    """Waits for this thread's copies of `gather_rows`; `plgpu.commit_smem()` then tells the other threads and wgmma."""
-
-    @plgpu.inline_mgpu()
-    def wait(ctx):
-        _asm("cp.async.wait_all;", "")
-
-    wait()
-
-
 def fence() -> None:
     """What other threads' copies wrote is there for wgmma to read."""
 
@@ -196,14 +186,32 @@ def count_arrival(counter: jax.Ref, at: jax.Array, seen: Any) -> None:
     count(counter, at, seen)
 
 
-def take_number(counter: jax.Ref, dst: Any) -> None:
-    """Begins dst [1] int32 (shared memory) = counter[0]++; after `sync` all threads of the warpgroup see it."""
+def take_number(counter: jax.Ref, at: int, dst: Any) -> None:
+    """Begins dst [1] int32 (shared memory) = counter[at]++; after `sync` all threads of the warpgroup see it."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def take(ctx, counter, dst):
-        _count(_row_address(counter, _i32(0), 1, None, element_bytes=4), dst, "relaxed")
+        _count(_row_address(counter, _i32(at), 1, None, element_bytes=4), dst, "relaxed")
 
     take(counter, dst)
+
+
+def put_numbers(dst: Any, numbers: Sequence[jax.Array]) -> None:
+    """dst (shared memory) = numbers, int32 scalars; after `sync` all threads of the warpgroup see them."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[EACH] * len(numbers)))
+    def put(ctx, dst, *numbers):
+        address = _shared_address(dst)
+        for i, number in enumerate(numbers):
+            _asm(
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.b32 [$0], $1; }",
+                "r,r,r",
+                arith.addi(address, _i32(4 * i)),
+                _own(number),
+                _is_first(),
+            )
+
+    put(dst, *numbers)
 
 
 class _Chunk(NamedTuple):
@@ -251,15 +259,19 @@ def _row_address(ref, row, d, column, element_bytes=2):
 
 def _count(address, dst, order):
     """The first thread adds 1 at a 64-bit address, and puts what was there to dst in shared memory."""
-    leader = arith.extui(ir.IntegerType.get_signless(32), _compare("eq", _thread(), _i32(0)))
     _asm(
         "{ .reg .pred p; .reg .b32 x; setp.ne.s32 p, $2, 0;"
         f" @p atom.{order}.gpu.global.add.u32 x, [$0], 1; @p st.shared.b32 [$1], x; }}",
         "l,r,r",
         address,
         _shared_address(dst),
-        leader,
+        _is_first(),
     )
+
+
+def _is_first():
+    """1 in the warpgroup's first thread, 0 in the others."""
+    return arith.extui(ir.IntegerType.get_signless(32), _compare("eq", _thread(), _i32(0)))
 
 
 def _own(x):

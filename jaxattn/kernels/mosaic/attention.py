@@ -3,19 +3,20 @@
     x_ij = logit(<q_i, k_j>),   o_i = sum_j softmax_j(x_ij) v_j,   lse_i = log sum_j exp(x_ij)
 
 over the keys j that query i sees. A block has three warpgroups. Two compute, 64 packed rows (query token x query head
-of one KV group) of one work item's tile each; the third loads the item's keys (`_loading`). While the tensor cores
-multiply one warpgroup's scores and values, the other warpgroup takes its softmax: they take turns. Within a warpgroup
-the products Q K_i^T and P_{i-1} V_{i-1} are under way together (FlashAttention-3, Shah et al. 2024, algorithm 2).
+of one KV group) of one work item's tile each; the third loads its queries and keys (`_loading`), ahead of them also
+from one item to the next. While the tensor cores multiply one warpgroup's scores and values, the other warpgroup takes
+its softmax: they take turns. Within a warpgroup the products Q K_i^T and P_{i-1} V_{i-1} are under way together
+(FlashAttention-3, Shah et al. 2024, algorithm 2).
 
-What a row sees is `spec.Visible`'s, what is done to a score `spec.Score`'s, where keys lie `_keys`', the softmax is
-`_online_softmax`'s, split tiles are `_splits`'; here they meet.
+Which work a block does is `_units`', what a row sees `_rows`', what is done to a score `spec.Score`'s, where keys lie
+`_keys`'; the softmax is `_online_softmax`'s, split tiles are `_splits`'; here they meet.
 
 Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, w work items, r = 64 rows, k keys of a tile.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,164 +26,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.device import num_sms
 from jaxattn.kernels.mosaic import _warpgroup as wg
-from jaxattn.kernels.mosaic._keys import Keys, KeySource, Span
+from jaxattn.kernels.mosaic._keys import Keys, KeySource
 from jaxattn.kernels.mosaic._launch import launch
-from jaxattn.kernels.mosaic._loading import Stages, load_boxes, load_rows
+from jaxattn.kernels.mosaic._loading import Queries, Stages, load_boxes, load_rows
 from jaxattn.kernels.mosaic._online_softmax import (
     KEY,
     ROW,
     ROWS,
-    TILE,
     OnlineSoftmax,
     State,
     along_keys,
     along_rows,
 )
+from jaxattn.kernels.mosaic._rows import Rows
 from jaxattn.kernels.mosaic._splits import Partials
+from jaxattn.kernels.mosaic._units import FIELDS, RING, Schedule, Statics, Unit
 from jaxattn.kernels.mosaic.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache
 from jaxattn.plan import AttentionPlan
-from jaxattn.spec import FAR, AttentionSpec, Score
-from jaxattn.work_list import WorkItem
+from jaxattn.spec import Score
 
 COMPUTING = 2  # warpgroups
-# Numbers of units in shared memory. The loading warpgroup is at most two tiles, so two units, ahead of the others, and
-# draws one more.
-RING = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Statics:
-    """What the kernel is compiled for."""
-
-    spec: AttentionSpec
-    score: Score
-    source: KeySource
-    config: Config
-    num_blocks: int
-
-
-class Unit(NamedTuple):
-    """What a block does at a time: a work item for one KV head."""
-
-    item: WorkItem
-    head: jax.Array
-    span: Span
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Which units a block takes: the next one that no block has taken. Units with many keys come first of a request's,
-    so that the last ones are short. The loading warpgroup draws the numbers, one ahead, the computing ones read them.
-    """
-
-    static: Statics
-    items_ref: Any
-    num_items_ref: Any
-    page_range_ref: Any
-    counter_ref: Any  # int32 [1], device memory: units taken, but for each block's first
-    numbers: Any  # int32 [RING, 1], shared memory
-    drawn: Any  # barriers [RING]
-
-    def first(self) -> jax.Array:
-        return lax.axis_index("block").astype(jnp.int32)
-
-    def begin_draw(self, r: jax.Array) -> None:
-        """By the loading warpgroup: begins to draw the unit of its r-th round, r > 0."""
-        wg.take_number(self.counter_ref, self.numbers.at[lax.rem(r, RING)])
-
-    def end_draw(self, r: jax.Array) -> jax.Array:
-        """Ends it, and tells the computing warpgroups."""
-        slot = lax.rem(r, RING)
-        wg.sync()
-        plgpu.barrier_arrive(self.drawn.at[slot])
-        return self._read(slot)
-
-    def read(self, r: jax.Array) -> jax.Array:
-        """By the computing ones: the unit of the r-th round."""
-        slot = lax.rem(r, RING)
-        plgpu.barrier_wait(self.drawn.at[slot])
-        return self._read(slot)
-
-    def _read(self, slot: jax.Array) -> jax.Array:
-        return self.numbers[slot, 0] + self.static.num_blocks
-
-    def exists(self, n: jax.Array) -> jax.Array:
-        return n < self.num_items_ref[0] * self.static.spec.num_kv_heads
-
-    def unit(self, n: jax.Array) -> Unit:
-        heads = self.static.spec.num_kv_heads
-        work, head = lax.div(n, heads), lax.rem(n, heads)
-        item = WorkItem(*(self.items_ref[work, i] for i in range(len(WorkItem._fields))))
-        pages = None
-        if self.page_range_ref is not None:
-            pages = self.page_range_ref[0], self.page_range_ref[1]
-        spec = self.static.spec
-        first_position = lax.div(item.row_begin, spec.group) + item.q_position
-        first_seen = jnp.maximum(spec.visible.begin(first_position), 0)
-        return Unit(item, head, self.static.source.span(item, first_seen, pages))
-
-
-class Phases(NamedTuple):
-    """The tiles of a unit, counted from the last: masked are 0 .. plain - 1 and those from `low` on."""
-
-    plain: jax.Array  # at least 1: tile 0 is always masked
-    low: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The 64 packed rows of a warpgroup in a unit, and what they see."""
-
-    static: Statics
-    unit: Unit
-    first: jax.Array  # packed row
-    tile_first: jax.Array  # the first row of the tile of both warpgroups
-
-    def q_rows(self, row: jax.Array) -> jax.Array:
-        """Rows of q and o, -1 for those that the tile does not own; row int32, of the 64 rows here."""
-        group, kv_heads = self.static.spec.group, self.static.spec.num_kv_heads
-        packed = self.first + row
-        token, member = lax.div(packed, group), lax.rem(packed, group)
-        at = (token * kv_heads + self.unit.head) * group + member
-        return jnp.where((row < ROWS) & (packed < self.unit.item.row_end), at, -1)
-
-    def query_heads(self, row: jax.Array) -> jax.Array:
-        group = self.static.spec.group
-        return self.unit.head * group + lax.rem(self.first + row, group)
-
-    def _position(self, packed: Any) -> Any:
-        return lax.div(packed, self.static.spec.group) + self.unit.item.q_position
-
-    def phases(self) -> Phases:
-        """Which tiles every row of the whole tile sees in full."""
-        span, block = self.unit.span, self.static.source.block
-        first = self._position(self.tile_first)
-        last = self._position(self.unit.item.row_end - 1)
-        begin, end = self.static.spec.visible.all(first, last, span.end)
-        below = jnp.clip(lax.div(jnp.maximum(end - span.origin, 0), block), 0, span.tiles)
-        plain = jnp.maximum(span.tiles - below, 1)
-        begin = jnp.maximum(begin, span.begin)
-        low = span.tiles - lax.div(jnp.maximum(begin - span.origin, 0) + (block - 1), block)
-        # Where a page in use is not in the cache, no tile goes unmasked.
-        plain = jnp.where(span.absent, span.tiles, plain)
-        return Phases(plain, jnp.maximum(low, plain))
-
-    def mask(self, s: jax.Array, first_key: jax.Array) -> jax.Array:
-        """Scores s [r, k] of the keys from first_key on, -inf where a row does not see the key."""
-        visible, span = self.static.spec.visible, self.unit.span
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
-        position = self._position(self.first + row)
-        key = first_key + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
-        right = FAR if visible.window_right is None else visible.window_right
-        end = jnp.minimum(position + (right + 1), span.end)
-        seen = key < along_keys(end, s)
-        if visible.window_left is not None:
-            begin = jnp.maximum(position - visible.window_left, span.begin)
-            seen &= key >= along_keys(begin, s)
-        elif not self.static.source.paged:
-            seen &= key >= span.begin
-        return jnp.where(seen, s, -jnp.inf)
+UNITS_UNDRAWN = 2  # units, for each multiprocessor, up to which each is a block's own
 
 
 def _attention_kernel(
@@ -194,263 +59,320 @@ def _attention_kernel(
     indices_ref,  # int32 [capacity]; None for contiguous keys
     page_range_ref,  # int32 [2], as in the plan; likewise
     sinks_ref,  # float32 [h] or None
-    counter_ref,  # int32 [1], zero
-    arrivals_ref,  # as in `Partials`, zeros; or None where no tile is split
+    counts_ref,  # int32, zeros: the arrivals of `Partials`, then what `Schedule` counts; None where neither is needed
     o_ref,  # [t * h, d]
     lse_ref,  # float32 [t * h]
     o_partial_ref,
     lse_partial_ref,
-    q_smem,  # [2, r, d]
-    o_smem,  # [2, r, d]; None: q_smem's memory serves
+    q_smem,  # [buffers, 2, r, d]
+    q_full,
+    q_empty,
     k_smem,  # [stages, k, d]
-    v_smem,
     k_full,
     k_empty,
+    v_smem,
     v_full,
     v_empty,
     turn,
     row_smem,  # float32 [2, 128]: a number a row, between layouts
     absent_smem,  # float32 [2, 128]: -inf for the keys of a tile that are not in the cache, 0 for others
     seen_smem,  # int32 [2, 1]
-    numbers_smem,  # int32 [RING, 1]
-    drawn,
+    number_smem,  # int32 [1]
+    units_smem,  # int32 [RING, FIELDS]
+    told,
     *,
     static: Statics,
 ):
-    spec, source, config = static.spec, static.source, static.config
     warpgroup = lax.axis_index("warpgroup")
     schedule = Schedule(
-        static, items_ref, num_items_ref, page_range_ref, counter_ref, numbers_smem, drawn
+        static,
+        items_ref,
+        num_items_ref,
+        page_range_ref,
+        counts_ref,
+        number_smem,
+        units_smem,
+        told,
     )
-    keys_stages = Stages(k_smem, k_full, k_empty)
-    values_stages = Stages(v_smem, v_full, v_empty)
-    softmax = OnlineSoftmax(static.score.exponent_scale)
+    queries = Queries(q_smem, q_full, q_empty)
+    keys = Stages(k_smem, k_full, k_empty)
+    values = Stages(v_smem, v_full, v_empty)
 
     @pl.when(warpgroup == COMPUTING)
-    def _load():
-        plgpu.set_max_registers(config.registers[1], action="decrease")
-
-        load = load_boxes if source.in_boxes else load_rows
-
-        def a_unit(state):
-            r, number, n = state
-            # Its latency hides behind the tiles; drawn earlier, blocks would not share the last units fairly.
-            schedule.begin_draw(r + 1)
-            unit = schedule.unit(number)
-            keys = Keys(source, unit.span, indices_ref, unit.head)
-            load(keys, n, (k_ref, v_ref), keys_stages, values_stages)
-            return r + 1, schedule.end_draw(r + 1), n + unit.span.tiles
-
-        lax.while_loop(
-            lambda state: schedule.exists(state[1]),
-            a_unit,
-            (jnp.int32(0), schedule.first(), jnp.int32(0)),
-        )
+    def _():
+        _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_ref)
 
     @pl.when(warpgroup < COMPUTING)
-    def _compute():
+    def _():
+        absent = None if absent_smem is None else absent_smem.at[warpgroup]
+        partials = None if o_partial_ref is None else (o_partial_ref, lse_partial_ref, counts_ref)
+        computing = Computing(
+            static,
+            warpgroup,
+            schedule,
+            queries,
+            keys,
+            values,
+            turn,
+            row_smem.at[warpgroup],
+            seen_smem.at[warpgroup],
+            absent,
+            indices_ref,
+            sinks_ref,
+            o_ref,
+            lse_ref,
+            partials,
+        )
+        computing.run()
+
+
+def _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_ref):
+    """The loading warpgroup: draws the units, and loads what they need."""
+    config, source = static.config, static.source
+    plgpu.set_max_registers(config.registers[1], action="decrease")
+    load = load_boxes if source.in_boxes else load_rows
+
+    def a_unit(state):
+        """The unit of round r; n tiles were loaded before it."""
+        r, number, n = state
+        unit = schedule.unit(number)
+        schedule.tell(r, unit)
+        # Its latency hides behind the tiles; drawn earlier, blocks would not share the last units fairly.
+        schedule.begin_draw()
+        tiles = unit.span.tiles
+        load_keys = functools.partial(
+            load, Keys(source, unit.span, indices_ref, unit.head), n, (k_ref, v_ref), keys, values
+        )
+        row = wg.row_of_thread(ROWS)
+        index = [Rows.of(static, unit, i).q_rows(row) for i in range(COMPUTING)]
+        if queries.count == 1:
+            # The one buffer is that of the unit before until its end: first come keys, which have room.
+            ahead = jnp.minimum(tiles, config.num_stages)
+            load_keys(0, ahead)
+            queries.load(r, q_ref, index)
+            pl.when(ahead < tiles)(lambda: load_keys(ahead, tiles))
+        else:
+            queries.load(r, q_ref, index)
+            load_keys(0, tiles)
+        return r + 1, schedule.end_draw(), n + tiles
+
+    rounds, *_ = lax.while_loop(
+        lambda state: schedule.exists(state[1]),
+        a_unit,
+        (jnp.int32(0), schedule.first(), jnp.int32(0)),
+    )
+    schedule.tell(rounds, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computing:
+    """A computing warpgroup; refs as in `_attention_kernel`, of this warpgroup alone where they have an axis for it."""
+
+    static: Statics
+    warpgroup: jax.Array
+    schedule: Schedule
+    queries: Queries
+    keys: Stages
+    values: Stages
+    turn: Any
+    row_smem: Any
+    seen_smem: Any
+    absent_smem: Any
+    indices_ref: Any
+    sinks_ref: Any
+    o_ref: Any
+    lse_ref: Any
+    partial_refs: Any  # of o, lse and arrivals; None where no tile is split
+
+    @property
+    def softmax(self) -> OnlineSoftmax:
+        return OnlineSoftmax(self.static.score.exponent_scale)
+
+    def run(self) -> None:
+        config = self.static.config
         plgpu.set_max_registers(config.registers[0], action="increase")
-        q_tile = q_smem.at[warpgroup]
-        o_tile = q_tile if o_smem is None else o_smem.at[warpgroup]
-        dtype = q_ref.dtype
-
-        def take_turn():
-            if config.turns:
-                plgpu.barrier_wait(turn.at[warpgroup])
-
-        def pass_turn():
-            if config.turns:
-                plgpu.barrier_arrive(turn.at[1 - warpgroup])
-
-        def wait_full(stages, n):
-            plgpu.barrier_wait(stages.full.at[stages.stage(n)])
-            if not source.in_boxes:
-                wg.fence()
-
-        def release(stages, n):
-            plgpu.barrier_arrive(stages.empty.at[stages.stage(n)])
-
-        def rows_of(unit):
-            first = unit.item.row_begin
-            return Rows(static, unit, first + warpgroup * ROWS, first)
-
-        def load_q(rows):
-            wg.gather_rows(q_ref, q_tile, rows.q_rows(wg.row_of_thread(ROWS)))
+        if self.absent_smem is not None:
+            self.absent_smem[...] = jnp.zeros_like(wg.thread_number(), jnp.float32)
+        first = self.warpgroup == 0
+        if config.turns:
+            pl.when(first)(lambda: plgpu.barrier_arrive(self.turn.at[0]))
 
         def a_unit(state):
             """The unit of round r; n tiles were loaded before it."""
-            r, number, n = state
-            unit = schedule.unit(number)
-            item, span = unit.item, unit.span
-            rows = rows_of(unit)
-            tiles = span.tiles
-            phases = rows.phases()
+            r, n, _ = state
+            q_tile = self.queries.tiles.at[self.queries.stage(r), self.warpgroup]
+            self.wait_full(self.queries, r, copied_by_threads=True)
+            o, state = self.attend(self.rows(r), q_tile, n)
+            rows = self.rows(r)
+            self.finish(rows, o, state, q_tile)
+            release(self.queries, r)
+            return r + 1, n + rows.unit.span.tiles, self.schedule.wait(r + 1)
 
-            def finish(rows, o, state):
-                row_ref = row_smem.at[warpgroup]
+        zero = jnp.int32(0)
+        lax.while_loop(lambda state: state[2], a_unit, (zero, zero, self.schedule.wait(zero)))
+        if config.turns:
+            pl.when(first)(lambda: plgpu.barrier_wait(self.turn.at[0]))
 
-                def store(o, lse):
-                    o_tile[...] = o.astype(dtype)
-                    row_ref[pl.ds(0, ROWS)] = lse
-                    plgpu.commit_smem()
-                    wg.scatter_rows(o_tile, o_ref, rows.q_rows(wg.row_of_thread(ROWS)))
-                    lse_of_thread = plgpu.load(row_ref, layout=wg.EACH)
-                    wg.store_each(lse_ref, rows.q_rows(wg.thread_number()), lse_of_thread)
+    def rows(self, r: jax.Array) -> Rows:
+        return Rows.of(self.static, self.schedule.look(r), self.warpgroup)
 
-                sink = None
-                if sinks_ref is not None:
-                    heads = rows.query_heads(wg.thread_number())
-                    row_ref[...] = wg.load_each(sinks_ref, heads)
-                    wg.sync()
-                    sink = plgpu.load(row_ref.at[pl.ds(0, ROWS)], layout=ROW, optimized=False)
-                    sink += jnp.where(item.split == 0, 0.0, -jnp.inf)
-                    wg.sync()
-                o, lse = softmax.finalize(state, o, sink)
-                pl.when(item.num_splits == 1)(lambda: store(o, lse))
-                if arrivals_ref is None:
-                    return
-                partials = Partials(
-                    o_partial_ref,
-                    lse_partial_ref,
-                    arrivals_ref,
-                    column=unit.head * COMPUTING + warpgroup,
-                    columns=spec.num_kv_heads * COMPUTING,
-                    seen=seen_smem.at[warpgroup],
-                )
-                pl.when(item.num_splits > 1)(lambda: partials.merge(item, o, lse, store))
+    def attend(self, rows: Rows, q_tile: Any, n: jax.Array) -> tuple[jax.Array, State]:
+        """The unit's tiles, the n-th loaded and so on: (sums float32 [r, d], state)."""
+        source, dtype, softmax = self.static.source, q_tile.dtype, self.softmax
+        tiles = rows.unit.span.tiles
+        phases = rows.phases()
+        scores = plgpu.ACC((ROWS, source.block), jnp.float32)
 
-            if not prefetches:
-                load_q(rows)
-            wg.wait_copies()
-            plgpu.commit_smem()
-
-            def first_key(i):
-                return span.origin + (tiles - 1 - i) * source.block
-
-            def mask(s, i):
-                s = rows.mask(s, first_key(i))
-                if not source.paged:
-                    return s
-
-                @pl.when(span.absent)
-                def _():
-                    wg.sync()
-                    keys = Keys(source, span, indices_ref, unit.head)
-                    absent_smem[warpgroup, :] = keys.absent(tiles - 1 - i)
-                    wg.sync()
-
-                # An absent key's vector is zeros, its score finite.
-                absent = plgpu.load(
-                    absent_smem.at[warpgroup, pl.ds(0, source.block)], layout=KEY, optimized=False
-                )
-                return s + along_rows(absent, ROWS)
-
-            def weigh(s, state, i, masked):
-                s = static.score(s)
-                if masked:
-                    s = mask(s, i)
-                return softmax.update(state, s, masked=masked)
-
-            def wait_plain_values(i):
-                """Of a tile without a mask: while the tensor cores are at work already."""
-                pl.when((i >= phases.plain) & (i < phases.low))(
-                    lambda: wait_full(values_stages, n + i)
-                )
-
-            def wait_masked_values(i):
-                """At once, and zeros go where no key of the item is."""
-                wait_full(values_stages, n + i)
-                if source.in_boxes:
-                    begin, end = span.begin - first_key(i), span.end - first_key(i)
-
-                    @pl.when((begin > 0) | (end < source.block))
-                    def _():
-                        wg.clear_rows(v_smem.at[values_stages.stage(n + i)], begin, end)
-                        plgpu.commit_smem()
-
-            def multiply_keys(s_acc, i):
-                stage = keys_stages.stage(n + i)
-                plgpu.wgmma(s_acc, q_tile, k_smem.at[stage].transpose((1, 0)))
-
-            def multiply_values(o_acc, p, i):
-                plgpu.wgmma(o_acc, p, v_smem.at[values_stages.stage(n + i)])
-
-            def over_keys(o_acc):
-                def first(s_acc):
-                    wait_full(keys_stages, n)
-                    take_turn()
-                    multiply_keys(s_acc, 0)
-                    pass_turn()
-                    s = s_acc[...]
-                    release(keys_stages, n)
-                    state, w = weigh(s, softmax.init(), 0, True)
-                    wait_masked_values(0)
-                    return *state, w.p.astype(dtype)
-
-                def step(i, carry, masked):
-                    *state, p = carry
-
-                    def inner(s_acc):
-                        wait_full(keys_stages, n + i)
-                        take_turn()
-                        multiply_keys(s_acc, i)
-                        wait_plain_values(i - 1)
-                        multiply_values(o_acc, p, i - 1)
-                        pass_turn()
-                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        release(keys_stages, n + i)
-                        (m, l), w = weigh(s, State(*state), i, masked)
-                        coming, alpha, m, l = lax.optimization_barrier((w.p, w.alpha, m, l))
-                        o = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
-                        release(values_stages, n + i - 1)
-                        # Rounded before, the weights would make every product wait for the one before.
-                        o, coming = lax.optimization_barrier((o, coming))
-                        o_acc[...] = o * along_keys(alpha, o)
-                        if masked:
-                            wait_masked_values(i)
-                        return m, l, coming.astype(dtype)
-
-                    return pl.run_scoped(inner, scores)
-
-                carry = pl.run_scoped(first, scores)
-                masked, plain = (functools.partial(step, masked=x) for x in (True, False))
-                carry = lax.fori_loop(1, phases.plain, masked, carry)
-                carry = lax.fori_loop(phases.plain, phases.low, plain, carry)
-                if spec.visible.window_left is not None or not source.paged:
-                    carry = lax.fori_loop(phases.low, tiles, masked, carry)
-                m, l, p = carry
-                wait_plain_values(tiles - 1)
-                multiply_values(o_acc, p, tiles - 1)
-                coming = schedule.read(r + 1)
-                if prefetches:
-                    wg.sync()
-                    pl.when(schedule.exists(coming))(lambda: load_q(rows_of(schedule.unit(coming))))
-                o = o_acc[...]
-                release(values_stages, n + tiles - 1)
-                return o, m, l, coming
-
-            scores = plgpu.ACC((ROWS, source.block), jnp.float32)
-            o, m, l, coming = pl.run_scoped(
-                over_keys, plgpu.ACC((ROWS, q_ref.shape[1]), jnp.float32)
+        def wait_plain_values(i):
+            """Of a tile without a mask: while the tensor cores are at work already."""
+            pl.when((i >= phases.plain) & (i < phases.low))(
+                lambda: self.wait_full(self.values, n + i)
             )
-            finish(rows, o, State(m, l))
 
-            return r + 1, coming, n + tiles
+        def wait_masked_values(i):
+            """At once, and zeros go where no key of the item is."""
+            self.wait_full(self.values, n + i)
+            if source.in_boxes:
+                begin, end = (x - rows.first_key(i) for x in rows.unit.span[:2])
 
-        prefetches = o_smem is not None
-        if source.paged:
-            absent_smem[warpgroup, :] = jnp.zeros_like(wg.thread_number(), jnp.float32)
-        if prefetches:
-            load_q(rows_of(schedule.unit(schedule.first())))
-        if config.turns:
-            pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(turn.at[0]))
-        lax.while_loop(
-            lambda state: schedule.exists(state[1]),
-            a_unit,
-            (jnp.int32(0), schedule.first(), jnp.int32(0)),
-        )
-        if config.turns:
-            pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+                @pl.when((begin > 0) | (end < source.block))
+                def _():
+                    wg.clear_rows(self.values.tiles.at[self.values.stage(n + i)], begin, end)
+                    plgpu.commit_smem()
+
+        def multiply_keys(s_acc, i):
+            tile = self.keys.tiles.at[self.keys.stage(n + i)]
+            plgpu.wgmma(s_acc, q_tile, tile.transpose((1, 0)))
+
+        def multiply_values(o_acc, p, i):
+            plgpu.wgmma(o_acc, p, self.values.tiles.at[self.values.stage(n + i)])
+
+        def weigh(s, state, i, masked):
+            s = self.static.score(s)
+            if masked:
+                s = self.mask(s, rows, i)
+            return softmax.update(state, s, masked=masked)
+
+        def first(s_acc):
+            self.wait_full(self.keys, n)
+            self.take_turn()
+            multiply_keys(s_acc, 0)
+            self.pass_turn()
+            s = s_acc[...]
+            release(self.keys, n)
+            state, w = weigh(s, softmax.init(), 0, True)
+            wait_masked_values(0)
+            return *state, w.p.astype(dtype)
+
+        def step(i, carry, o_acc, masked):
+            *state, p = carry
+
+            def inner(s_acc):
+                self.wait_full(self.keys, n + i)
+                self.take_turn()
+                multiply_keys(s_acc, i)
+                wait_plain_values(i - 1)
+                multiply_values(o_acc, p, i - 1)
+                self.pass_turn()
+                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                release(self.keys, n + i)
+                (m, l), w = weigh(s, State(*state), i, masked)
+                coming, alpha, m, l = lax.optimization_barrier((w.p, w.alpha, m, l))
+                o = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
+                release(self.values, n + i - 1)
+                # Rounded before, the weights would make every product wait for the one before.
+                o, coming = lax.optimization_barrier((o, coming))
+                o_acc[...] = o * along_keys(alpha, o)
+                if masked:
+                    wait_masked_values(i)
+                return m, l, coming.astype(dtype)
+
+            return pl.run_scoped(inner, scores)
+
+        def over_tiles(o_acc):
+            masked, plain = (
+                functools.partial(step, o_acc=o_acc, masked=masked) for masked in (True, False)
+            )
+            carry = pl.run_scoped(first, scores)
+            carry = lax.fori_loop(1, phases.plain, masked, carry)
+            carry = lax.fori_loop(phases.plain, phases.low, plain, carry)
+            if self.static.spec.visible.window_left is not None or not source.paged:
+                carry = lax.fori_loop(phases.low, tiles, masked, carry)
+            m, l, p = carry
+            wait_plain_values(tiles - 1)
+            multiply_values(o_acc, p, tiles - 1)
+            o = o_acc[...]
+            release(self.values, n + tiles - 1)
+            return o, State(m, l)
+
+        return pl.run_scoped(over_tiles, plgpu.ACC((ROWS, q_tile.shape[-1]), jnp.float32))
+
+    def mask(self, s: jax.Array, rows: Rows, i: jax.Array) -> jax.Array:
+        """Scores s [r, k] of the unit's i-th tile from the last, -inf where a row sees no key."""
+        source, span = self.static.source, rows.unit.span
+        s = rows.mask(s, rows.first_key(i))
+        if not source.paged:
+            return s
+
+        @pl.when(span.absent != 0)
+        def _():
+            wg.sync()
+            keys = Keys(source, span, self.indices_ref, rows.unit.head)
+            self.absent_smem[...] = keys.absent(span.tiles - 1 - i)
+            wg.sync()
+
+        # An absent key's vector is zeros, its score finite.
+        block = self.absent_smem.at[pl.ds(0, source.block)]
+        return s + along_rows(plgpu.load(block, layout=KEY, optimized=False), ROWS)
+
+    def finish(self, rows: Rows, o: jax.Array, state: State, o_tile: Any) -> None:
+        """Stores what the sums o come to, or leaves it to be merged; o_tile: shared memory for it."""
+        item = rows.unit.item
+        thread = wg.thread_number()
+
+        def store(o, lse):
+            o_tile[...] = o.astype(o_tile.dtype)
+            self.row_smem[pl.ds(0, ROWS)] = lse
+            plgpu.commit_smem()
+            wg.scatter_rows(o_tile, self.o_ref, rows.q_rows(wg.row_of_thread(ROWS)))
+            wg.store_each(
+                self.lse_ref, rows.q_rows(thread), plgpu.load(self.row_smem, layout=wg.EACH)
+            )
+
+        sink = None
+        if self.sinks_ref is not None:
+            self.row_smem[...] = wg.load_each(self.sinks_ref, rows.query_heads(thread))
+            wg.sync()
+            sink = plgpu.load(self.row_smem.at[pl.ds(0, ROWS)], layout=ROW, optimized=False)
+            sink += jnp.where(item.split == 0, 0.0, -jnp.inf)
+            wg.sync()
+        o, lse = self.softmax.finalize(state, o, sink)
+        pl.when(item.num_splits == 1)(lambda: store(o, lse))
+        if self.partial_refs is not None:
+            partials = Partials(
+                *self.partial_refs,
+                column=rows.unit.head * COMPUTING + self.warpgroup,
+                columns=self.static.spec.num_kv_heads * COMPUTING,
+                seen=self.seen_smem,
+            )
+            pl.when(item.num_splits > 1)(lambda: partials.merge(item, o, lse, store))
+
+    def take_turn(self) -> None:
+        if self.static.config.turns:
+            plgpu.barrier_wait(self.turn.at[self.warpgroup])
+
+    def pass_turn(self) -> None:
+        if self.static.config.turns:
+            plgpu.barrier_arrive(self.turn.at[1 - self.warpgroup])
+
+    def wait_full(self, stages: Stages, n: jax.Array, copied_by_threads: bool | None = None) -> None:
+        plgpu.barrier_wait(stages.full.at[stages.stage(n)])
+        if not self.static.source.in_boxes if copied_by_threads is None else copied_by_threads:
+            wg.fence()
+
+
+def release(stages: Stages, n: jax.Array) -> None:
+    plgpu.barrier_arrive(stages.empty.at[stages.stage(n)])
 
 
 def paged_attention(
@@ -521,13 +443,18 @@ def _attention(
     config: Config,
 ) -> tuple[jax.Array, jax.Array]:
     t, h, d = q.shape
-    num_blocks = min(num_sms(), plan.items.shape[0] * plan.num_kv_heads)
+    units = plan.items.shape[0] * plan.num_kv_heads
+    # A block for each of few units: no draws.
+    drawn = units > UNITS_UNDRAWN * num_sms()
+    num_blocks = num_sms() if drawn else units
     columns = plan.num_slots * plan.num_kv_heads * COMPUTING
-    o_partial = lse_partial = arrivals = None
+    o_partial = lse_partial = None
     if columns:
         o_partial = jax.ShapeDtypeStruct((columns * ROWS, d), jnp.float32)
         lse_partial = jax.ShapeDtypeStruct((columns * ROWS,), jnp.float32)
-        arrivals = jax.ShapeDtypeStruct((columns,), jnp.int32)
+    counts = None
+    if columns or drawn:
+        counts = jax.ShapeDtypeStruct((columns + 1,), jnp.int32)
 
     def shared(*shape):
         return plgpu.SMEM(shape, q.dtype, transforms=wg.TILED)
@@ -535,11 +462,11 @@ def _attention(
     def barriers(count, arrivals):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
-    stages, keys = config.num_stages, config.block_kv
+    stages, keys, buffers = config.num_stages, config.block_kv, config.num_queries
     out = launch(
         functools.partial(
             _attention_kernel,
-            static=Statics(plan.spec, score, source, config, num_blocks),
+            static=Statics(plan.spec, score, source, config, num_blocks, drawn),
         ),
         dict(
             q_ref=q.reshape(t * h, d),
@@ -558,22 +485,24 @@ def _attention(
             lse_partial_ref=lse_partial,
         ),
         dict(
-            q_smem=shared(COMPUTING, ROWS, d),
-            o_smem=shared(COMPUTING, ROWS, d) if d <= 128 else None,
+            q_smem=shared(buffers, COMPUTING, ROWS, d),
+            q_full=barriers(buffers, 1),
+            q_empty=barriers(buffers, COMPUTING),
             k_smem=shared(stages, keys, d),
-            v_smem=shared(stages, keys, d),
             k_full=barriers(stages, source.boxes),
             k_empty=barriers(stages, COMPUTING),
+            v_smem=shared(stages, keys, d),
             v_full=barriers(stages, source.boxes),
             v_empty=barriers(stages, COMPUTING),
             turn=barriers(COMPUTING, 1),
             row_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32),
             absent_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32) if source.paged else None,
             seen_smem=plgpu.SMEM((COMPUTING, 1), jnp.int32),
-            numbers_smem=plgpu.SMEM((RING, 1), jnp.int32),
-            drawn=barriers(RING, 1),
+            number_smem=plgpu.SMEM((1,), jnp.int32),
+            units_smem=plgpu.SMEM((RING, FIELDS), jnp.int32),
+            told=barriers(RING, 1),
         ),
-        dict(counter_ref=jax.ShapeDtypeStruct((1,), jnp.int32), arrivals_ref=arrivals),
+        dict(counts_ref=counts),
         name=name,
         num_blocks=num_blocks,
         num_warpgroups=COMPUTING + 1,

@@ -12,11 +12,12 @@ import dataclasses
 class Config:
     block_kv: int  # keys of a tile
     num_stages: int  # tiles of K and of V that are loaded ahead
+    num_queries: int  # units whose queries are there at once
     turns: bool  # the two computing warpgroups take turns at the tensor cores
     registers: tuple[int, int]  # a thread of a computing warpgroup has, and of the loading one
 
 
 def default_config(head_dim: int) -> Config:
     if head_dim > 128:
-        return Config(64, 2, True, (240, 24))
-    return Config(128, 2, True, (232, 40))
+        return Config(64, 2, 1, True, (240, 24))
+    return Config(128, 2 if head_dim > 64 else 4, 2, True, (232, 40))
