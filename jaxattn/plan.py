@@ -47,7 +47,7 @@ class AttentionPlan:
       page_start: int32 [b], each request's first entry in page_indices, or its first row of contiguous keys.
       kv_len: int32 [b], tokens of each request, its new ones included: its last query token stands at kv_len - 1.
       kv_end: int32 [b], keys of each request that have a page: kv_len, unless the table is too short for it.
-      items: int32 [w, 9], a `WorkItem` a row.
+      items: int32 [w, 10], a `WorkItem` a row.
       num_items: int32 [1], how many of them are used, the first ones; None for decode.
       limits: int32 [t, 2], the keys `limits[i, 0] .. limits[i, 1] - 1` are those that query token i sees; None where
         `spec.visible` says it for all.
@@ -153,6 +153,7 @@ def decode_plan(keys: Keys, spec: AttentionSpec, splits: "Splits", num_sms: int)
         page_start=page_start[request],
         kv_begin=aligned(begin, page_size, row.shape),
         kv_end=end,
+        own_end=kv_end[request],
     )
     programs_per_sm = _programs_per_sm(
         block_rows, group, row.size * spec.num_kv_heads, num_sms, splits.adaptive
@@ -403,6 +404,7 @@ def _tiles(
         page_start=of_tile(keys.page_start),
         kv_begin=aligned(kv_begin, keys.page_size, row_begin.shape),
         kv_end=jnp.where(used, stop, 0),
+        own_end=kv_end,
     )
     return tiles, request
 

@@ -43,6 +43,7 @@ class WorkItem(NamedTuple):
     split: Array  # which of the tile's splits it is
     num_splits: Array  # of the tile; with 1 it writes the output
     slot: Array  # where the tile's num_splits partial attention states begin
+    own_end: Array  # the request's keys end there: what lies behind, in a page or a row, may hold anything
 
 
 class Tiles(NamedTuple):
@@ -54,6 +55,7 @@ class Tiles(NamedTuple):
     page_start: Array
     kv_begin: Array
     kv_end: Array
+    own_end: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ def aligned(begin: int | Array, page_size: int, shape: tuple[int, ...]) -> Array
 
 
 class WorkList(NamedTuple):
-    items: Array  # int32 [w, 9], a `WorkItem` a row
+    items: Array  # int32 [w, 10], a `WorkItem` a row
     owner: Array  # int32 [w], the tile of each
     num_items: Array  # int32 [1], how many of the items are used: the first ones
     num_slots: int  # capacity for partial states that they need
@@ -156,9 +158,10 @@ def make_work_list(tiles: Tiles, how: Splitting) -> WorkList:
         split=nth,
         num_splits=splits[owner],
         slot=slot[owner],
+        own_end=tiles.own_end[owner],
     )
     # An unused item owns no rows and no keys, so that its program does nothing.
-    nothing = WorkItem(*(jnp.int32(x) for x in (0, 0, 0, 0, 0, 0, 0, 1, 0)))
+    nothing = WorkItem(*(jnp.int32(x) for x in (0, 0, 0, 0, 0, 0, 0, 1, 0, 0)))
     item = jax.tree.map(lambda field, empty: jnp.where(used, field, empty), item, nothing)
     return WorkList(jnp.stack(item, axis=1), owner, running_sum(splits)[-1:], num_slots)
 

@@ -180,13 +180,13 @@ def moved(field, item, by):
 
 # A plan of the small case: 4 rows each of 700, 1 and 1500 keys, two of them split; the last item is unused.
 SOUND_PLAN = [
-    WorkItem(0, 4, 0, 0, 0, 384, 0, 2, 0),
-    WorkItem(0, 4, 0, 0, 384, 700, 1, 2, 0),
-    WorkItem(4, 8, 0, 44, 0, 1, 0, 1, 2),
-    WorkItem(8, 12, 0, 45, 0, 512, 0, 3, 2),
-    WorkItem(8, 12, 0, 45, 512, 1024, 1, 3, 2),
-    WorkItem(8, 12, 0, 45, 1024, 1500, 2, 3, 2),
-    WorkItem(0, 0, 0, 0, 0, 0, 0, 1, 0),
+    WorkItem(0, 4, 0, 0, 0, 384, 0, 2, 0, 700),
+    WorkItem(0, 4, 0, 0, 384, 700, 1, 2, 0, 700),
+    WorkItem(4, 8, 0, 44, 0, 1, 0, 1, 2, 1),
+    WorkItem(8, 12, 0, 45, 0, 512, 0, 3, 2, 1500),
+    WorkItem(8, 12, 0, 45, 512, 1024, 1, 3, 2, 1500),
+    WorkItem(8, 12, 0, 45, 1024, 1500, 2, 3, 2, 1500),
+    WorkItem(0, 0, 0, 0, 0, 0, 0, 1, 0, 0),
 ]
 BROKEN_PLANS = {
     "item dropped": lambda items: items.at[1].set(items[-1]),

@@ -100,8 +100,7 @@ def test_asked_for_where_it_cannot_run():
 def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
     """Every key that a row sees lies in a tile; a tile without a mask is one that all rows see whole."""
     from jaxattn.kernels.mosaic._keys import KeySource
-    from jaxattn.kernels.mosaic._rows import Rows
-    from jaxattn.kernels.mosaic._units import Statics, Unit
+    from jaxattn.kernels.mosaic._units import Phases, Statics
     from jaxattn.kernels.mosaic.tiles import default_config
     from jaxattn.spec import AttentionSpec, Score
 
@@ -124,14 +123,24 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
         item = WorkItem(
             *map(
                 i32,
-                (token * group, token * group + rows, kv_len - qo_len, start, begin, end, 0, 1, 0),
+                (
+                    token * group,
+                    token * group + rows,
+                    kv_len - qo_len,
+                    start,
+                    begin,
+                    end,
+                    0,
+                    1,
+                    0,
+                    kv_len,
+                ),
             )
         )
         seen = visible.begin(i32(first))
         span = source.span(item, seen, (i32(0), i32(999)) if paged else None)
         assert int(span.begin) == max(begin, int(seen))
-        rows = Rows.of(static, Unit(item, i32(0), span), 0)
-        plain, low = rows.phases()
+        plain, low = Phases.of(static, item, span)
         tiles, origin = int(span.tiles), int(span.origin)
         assert origin <= begin and origin + tiles * block >= end
         assert 1 <= int(plain) <= int(low)

@@ -91,10 +91,11 @@ class KeySource:
         self, item: WorkItem, first_seen: jax.Array, page_range: tuple[Any, Any] | None
     ) -> "Span":
         """The tiles of a work item, of whose rows none sees a key before first_seen."""
-        origin, end = item.kv_begin, item.kv_end
+        origin, end, own_end = item.kv_begin, item.kv_end, item.own_end
         begin = jnp.maximum(origin, first_seen)
         if page_range is None:
-            end = jnp.minimum(end, self.page_size - item.page_start)
+            rows = self.page_size - item.page_start
+            end, own_end = jnp.minimum(end, rows), jnp.minimum(own_end, rows)
             if self.in_boxes:
                 origin -= lax.rem(item.page_start + origin, 8)
             absent = jnp.int32(0)
@@ -105,7 +106,7 @@ class KeySource:
             absent = (highest >= self.num_pages).astype(jnp.int32)
         # Rows without keys go through one tile that they see nothing of.
         tiles = lax.div(jnp.maximum(end - origin, 1) + (self.block - 1), self.block)
-        return Span(begin, end, origin, tiles, absent, item.page_start)
+        return Span(begin, end, origin, tiles, absent, item.page_start, own_end)
 
 
 class Span(NamedTuple):
@@ -119,6 +120,7 @@ class Span(NamedTuple):
     tiles: jax.Array
     absent: jax.Array  # not 0: some of them may have no page in the cache
     page_start: jax.Array
+    own_end: jax.Array  # of the request's keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Keys:
             position = self._position(j, number)
             if source.paged:
                 exists = source.has(page) & (position < self.span.end)
+                exists &= position + source.box > self.span.begin
                 # A page beyond the cache's last stands for one that is not there.
                 page = jnp.where(exists, page, source.num_pages or 0)
                 whole = source.page_size == source.box

@@ -2,11 +2,13 @@
 
 A stage is `full` when its copies are there, `empty` when both computing warpgroups have read it. Tiles go from a work
 item's last to its first, and on to the next item's. Queries have stages of their own, a unit's in each.
+
+Units are short, a few tiles each, and the computing warpgroups must not wait at the beginning of one.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,24 +52,91 @@ class Queries(Stages):
     """
 
     def load(self, r: jax.Array, q_ref: Any, rows: Sequence[jax.Array]) -> None:
-        """The queries of the r-th unit; rows int32 [128], EACH, of `row_of_thread`, for each warpgroup."""
+        """Begins to load those of the r-th unit; rows int32 [128], EACH, of `row_of_thread`, for each warpgroup."""
         self.wait_empty(r)
-        stage = self.stage(r)
         for i, index in enumerate(rows):
-            wg.gather_rows(q_ref, self.tiles.at[stage, i], index)
-        _private.arrive_after_copies(self.full.at[stage])
+            wg.gather_rows(q_ref, self.tiles.at[self.stage(r), i], index)
+
+    def end_load(self, r: jax.Array) -> None:
+        """Waits for them, and makes them known to wgmma here, where there is time for it."""
+        wg.wait_copies()
+        wg.fence()
+        plgpu.barrier_arrive(self.full.at[self.stage(r)])
 
 
-def load_boxes(
-    keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages, first: Any, end: Any
-) -> None:
-    """A work item's tiles first .. end - 1, counted from the last, by the copy engine: two warps start K's boxes, two V's.
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Loads the tiles of one unit after the other, keys ahead of values, also from a unit to the next.
 
-    n tiles were loaded before the item's.
+    A unit's first keys come with the unit before it: the tensor cores wait for them, and not for its values.
     """
-    tiles = keys.span.tiles
 
-    def stream(ref: Any, stages: Stages, value: bool, numbers: list[int]) -> None:
+    k_ref: Any
+    v_ref: Any
+    k: Stages
+    v: Stages
+
+    def begin(self, first: Keys) -> None:
+        """The first unit's first keys."""
+        raise NotImplementedError
+
+    def unit(self, keys: Keys, n: jax.Array, coming: Callable[[], Keys]) -> None:
+        """The unit's other keys and its values, and the coming unit's first keys; n tiles were loaded before the unit.
+
+        A coming unit without tiles is none. It is looked up when it is needed: registers are few.
+        """
+        raise NotImplementedError
+
+
+class BoxLoader(Loader):
+    """By the copy engine: two warps start K's boxes, two V's."""
+
+    def begin(self, first: Keys) -> None:
+        boxes = first.source.boxes
+        self._by_warps(boxes, lambda numbers: self._first_keys(first, jnp.int32(0), numbers))
+
+    def unit(self, keys: Keys, n: jax.Array, coming: Callable[[], Keys]) -> None:
+        tiles, after = keys.span.tiles, coming()
+
+        def keys_of(numbers):
+            self._stream(keys, n, False, numbers, self._ahead(keys), tiles)
+            self._first_keys(after, n + tiles, numbers)
+
+        def values_of(numbers):
+            self._stream(keys, n, True, numbers, 0, tiles)
+
+        self._by_warps(keys.source.boxes, keys_of, values_of)
+
+    def _ahead(self, keys: Keys) -> jax.Array:
+        """As many keys as there is room for."""
+        return jnp.minimum(keys.span.tiles, self.k.count)
+
+    def _first_keys(self, keys: Keys, n: jax.Array, numbers: list[int]) -> None:
+        self._stream(keys, n, False, numbers, 0, self._ahead(keys))
+
+    def _by_warps(
+        self, boxes: int, keys: Callable[..., None], values: Callable[..., None] | None = None
+    ) -> None:
+        """Calls each with the numbers of a warp's boxes, in the warps for K and for V."""
+        half = WARPS // 2
+
+        def warp(w):
+            for part in range(half):
+                numbers = [i for i in range(boxes) if i * half // boxes == part]
+                if numbers:
+                    pl.when(w == part)(functools.partial(keys, numbers))
+                    if values is not None:
+                        pl.when(w == half + part)(functools.partial(values, numbers))
+
+        plgpu.warp_map(warp)
+
+    def _stream(
+        self, keys: Keys, n: jax.Array, value: bool, numbers: list[int], first: Any, end: Any
+    ) -> None:
+        """Tiles first .. end - 1, counted from the unit's last, their boxes with these numbers."""
+        ref, stages = (self.v_ref, self.v) if value else (self.k_ref, self.k)
+        tiles = keys.span.tiles
+
         def tile(i, pages):
             # Page ids are read a tile ahead.
             coming = keys.pages(tiles - 2 - i, numbers)
@@ -81,47 +150,39 @@ def load_boxes(
 
         lax.fori_loop(first, end, tile, keys.pages(tiles - 1 - first, numbers))
 
-    boxes, half = keys.source.boxes, WARPS // 2
 
-    def warp(w):
-        for part in range(half):
-            numbers = [i for i in range(boxes) if i * half // boxes == part]
-            if numbers:
-                load_k = functools.partial(stream, refs[0], k, False, numbers)
-                load_v = functools.partial(stream, refs[1], v, True, numbers)
-                pl.when(w == part)(load_k)
-                pl.when(w == half + part)(load_v)
+class RowLoader(Loader):
+    """By the threads, each token's row by itself; keys are a tile ahead."""
 
-    plgpu.warp_map(warp)
+    def begin(self, first: Keys) -> None:
+        self._put(self.k_ref, self.k, jnp.int32(0), self._rows(first, 0))
 
+    def unit(self, keys: Keys, n: jax.Array, coming: Callable[[], Keys]) -> None:
+        tiles = keys.span.tiles
 
-def load_rows(
-    keys: Keys, n: Any, refs: tuple[Any, Any], k: Stages, v: Stages, first: Any, end: Any
-) -> None:
-    """As `load_boxes`, by the threads, each token's row by itself; first < end."""
-    tiles, value = keys.span.tiles, keys.source.strides.value
+        def tile(i, carry):
+            before, rows = carry
+            following = self._rows(keys, i + 1)
+            self._put(self.k_ref, self.k, n + i, rows)
+            self._put_value(keys, n + i - 1, before)
+            return rows, following
 
-    def rows_of(i):
-        return keys.rows(jnp.maximum(tiles - 1 - i, 0))
+        last, _ = lax.fori_loop(1, tiles, tile, (self._rows(keys, 0), self._rows(keys, 1)))
+        after = coming()
+        pl.when(after.span.tiles > 0)(
+            lambda: self._put(self.k_ref, self.k, n + tiles, self._rows(after, 0))
+        )
+        self._put_value(keys, n + tiles - 1, last)
 
-    def put(ref, stages, n, rows):
+    def _rows(self, keys: Keys, i: Any) -> jax.Array:
+        return keys.rows(jnp.maximum(keys.span.tiles - 1 - i, 0))
+
+    def _put(self, ref: Any, stages: Stages, n: jax.Array, rows: jax.Array) -> None:
         stages.wait_empty(n)
         stage = stages.stage(n)
         wg.gather_rows(ref, stages.tiles.at[stage], rows)
         _private.arrive_after_copies(stages.full.at[stage])
 
-    def put_value(n, rows):
-        put(refs[1], v, n, jnp.where(rows < 0, -1, rows + value) if value else rows)
-
-    def tile(i, carry):
-        before, rows = carry
-        coming = rows_of(i + 1)
-        put(refs[0], k, n + i, rows)
-        # A tile's keys are wanted a step before its values.
-        put_value(n + i - 1, before)
-        return rows, coming
-
-    rows = rows_of(first)
-    put(refs[0], k, n + first, rows)
-    last, _ = lax.fori_loop(first + 1, end, tile, (rows, rows_of(first + 1)))
-    put_value(n + end - 1, last)
+    def _put_value(self, keys: Keys, n: jax.Array, rows: jax.Array) -> None:
+        value = keys.source.strides.value
+        self._put(self.v_ref, self.v, n, jnp.where(rows < 0, -1, rows + value) if value else rows)

@@ -1,10 +1,10 @@
 """The packed rows (query token x query head of a KV head's group) of a unit, and what they see of its keys.
 
-What a row sees is `spec.Visible`'s; here it becomes tiles that need no mask, and the mask of those that do.
+What a row sees is `spec.Visible`'s; here it becomes a mask.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,6 @@ from jaxattn.kernels.mosaic._units import Statics, Unit
 from jaxattn.spec import FAR
 
 
-class Phases(NamedTuple):
-    """The tiles of a unit, counted from the last: masked are 0 .. plain - 1 and those from `low` on."""
-
-    plain: jax.Array  # at least 1: tile 0 is always masked
-    low: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """The 64 packed rows of a warpgroup in a unit, and what they see."""
@@ -30,12 +23,10 @@ class Rows:
     static: Statics
     unit: Unit
     first: jax.Array  # packed row
-    tile_first: jax.Array  # the first row of the tile of both warpgroups
 
     @classmethod
     def of(cls, static: Statics, unit: Unit, warpgroup: jax.Array | int) -> "Rows":
-        first = unit.item.row_begin
-        return cls(static, unit, first + warpgroup * ROWS, first)
+        return cls(static, unit, unit.item.row_begin + warpgroup * ROWS)
 
     def first_key(self, i: jax.Array | int) -> jax.Array:
         """The position of the first key of the unit's i-th tile, counted from the last."""
@@ -56,20 +47,6 @@ class Rows:
 
     def _position(self, packed: Any) -> Any:
         return lax.div(packed, self.static.spec.group) + self.unit.item.q_position
-
-    def phases(self) -> Phases:
-        """Which tiles every row of the whole tile sees in full."""
-        span, block = self.unit.span, self.static.source.block
-        first = self._position(self.tile_first)
-        last = self._position(self.unit.item.row_end - 1)
-        begin, end = self.static.spec.visible.all(first, last, span.end)
-        below = jnp.clip(lax.div(jnp.maximum(end - span.origin, 0), block), 0, span.tiles)
-        plain = jnp.maximum(span.tiles - below, 1)
-        begin = jnp.maximum(begin, span.begin)
-        low = span.tiles - lax.div(jnp.maximum(begin - span.origin, 0) + (block - 1), block)
-        # Where a page in use is not in the cache, no tile goes unmasked.
-        plain = jnp.where(span.absent != 0, span.tiles, plain)
-        return Phases(plain, jnp.maximum(low, plain))
 
     def mask(self, s: jax.Array, first_key: jax.Array) -> jax.Array:
         """Scores s [r, k] of the keys from first_key on, -inf where a row does not see the key."""

@@ -18,7 +18,7 @@ from jaxattn.kernels.mosaic.tiles import Config
 from jaxattn.spec import AttentionSpec, Score
 from jaxattn.work_list import WorkItem
 
-# Units in shared memory. The loading warpgroup loads the queries of at most two units ahead, and tells of one more.
+# Units in shared memory. The loading warpgroup tells of a unit when the one two before it is being computed.
 RING = 4
 
 
@@ -34,12 +34,35 @@ class Statics:
     drawn: bool  # blocks draw units; else each has one
 
 
+class Phases(NamedTuple):
+    """The tiles of a unit, counted from the last: masked are 0 .. plain - 1 and those from `low` on. int32 scalars."""
+
+    plain: jax.Array  # at least 1: tile 0 is always masked
+    low: jax.Array
+
+    @classmethod
+    def of(cls, static: Statics, item: WorkItem, span: Span) -> "Phases":
+        """Tiles that every row of the item sees in full are not masked."""
+        spec, block = static.spec, static.source.block
+        first = lax.div(item.row_begin, spec.group) + item.q_position
+        last = lax.div(item.row_end - 1, spec.group) + item.q_position
+        begin, end = spec.visible.all(first, last, span.end)
+        below = jnp.clip(lax.div(jnp.maximum(end - span.origin, 0), block), 0, span.tiles)
+        plain = jnp.maximum(span.tiles - below, 1)
+        begin = jnp.maximum(begin, span.begin)
+        low = span.tiles - lax.div(jnp.maximum(begin - span.origin, 0) + (block - 1), block)
+        # Where a page in use is not in the cache, no tile goes unmasked.
+        plain = jnp.where(span.absent != 0, span.tiles, plain)
+        return cls(plain, jnp.maximum(low, plain))
+
+
 class Unit(NamedTuple):
     """What a block does at a time; int32 scalars."""
 
     item: WorkItem
     head: jax.Array  # KV head; -1: no unit
     span: Span
+    phases: Phases
 
     @property
     def exists(self) -> jax.Array:
@@ -47,7 +70,9 @@ class Unit(NamedTuple):
 
 
 FIELDS, TREE = (lambda leaves, tree: (len(leaves), tree))(
-    *jax.tree.flatten(Unit(WorkItem(*[0] * len(WorkItem._fields)), 0, Span(*[0] * len(Span._fields))))
+    *jax.tree.flatten(
+        Unit(WorkItem(*[0] * len(WorkItem._fields)), 0, Span(*[0] * len(Span._fields)), Phases(0, 0))
+    )
 )
 
 
@@ -82,26 +107,26 @@ class Schedule:
         wg.sync()
         return self.number[0] + self.static.num_blocks
 
-    def exists(self, n: jax.Array) -> jax.Array:
-        return n < self.num_items_ref[0] * self.static.spec.num_kv_heads
-
     def unit(self, n: jax.Array) -> Unit:
-        """The n-th unit, from device memory."""
+        """The n-th unit, from device memory; without a head and without tiles where there is none."""
         spec = self.static.spec
-        work, head = lax.div(n, spec.num_kv_heads), lax.rem(n, spec.num_kv_heads)
+        exists = n < self.num_items_ref[0] * spec.num_kv_heads
+        work = lax.div(jnp.where(exists, n, 0), spec.num_kv_heads)
         item = WorkItem(*(self.items_ref[work, i] for i in range(len(WorkItem._fields))))
         pages = None
         if self.page_range_ref is not None:
             pages = self.page_range_ref[0], self.page_range_ref[1]
         first_position = lax.div(item.row_begin, spec.group) + item.q_position
         first_seen = jnp.maximum(spec.visible.begin(first_position), 0)
-        return Unit(item, head, self.static.source.span(item, first_seen, pages))
+        span = self.static.source.span(item, first_seen, pages)
+        head = jnp.where(exists, lax.rem(n, spec.num_kv_heads), -1)
+        phases = Phases.of(self.static, item, span)
+        return Unit(item, head, span._replace(tiles=jnp.where(exists, span.tiles, 0)), phases)
 
-    def tell(self, r: jax.Array, unit: Unit | None) -> None:
-        """By the loading warpgroup: the unit of the r-th round, None: there is none."""
-        fields = [jnp.int32(-1)] * FIELDS if unit is None else jax.tree.leaves(unit)
+    def tell(self, r: jax.Array, unit: Unit) -> None:
+        """By the loading warpgroup: the unit of the r-th round."""
         slot = lax.rem(r, RING)
-        wg.put_numbers(self.units.at[slot], fields)
+        wg.put_numbers(self.units.at[slot], jax.tree.leaves(unit))
         wg.sync()
         plgpu.barrier_arrive(self.told.at[slot])
 
@@ -111,6 +136,6 @@ class Schedule:
         return self.look(r).exists
 
     def look(self, r: jax.Array) -> Unit:
-        """The unit of the r-th round, once it was waited for. A second look costs less than registers to remember it."""
+        """The unit of the r-th round, once it was told. A second look costs less than registers to remember it."""
         slot = lax.rem(r, RING)
         return jax.tree.unflatten(TREE, [self.units[slot, i] for i in range(FIELDS)])

@@ -43,7 +43,7 @@ def gather_rows(src: jax.Ref, dst: Any, index: jax.Array) -> None:
     """Begins to copy dst [r, d] (shared memory, TILED) = src[index] (device memory [n, d]), zeros where index < 0.
 
     index int32 [128], EACH: thread i gives the row of src for `row_of_thread(r)[i]` of dst. The copies are under way
-    until a barrier completes that `_private.arrive_after_copies` was told of.
+    until `wait_copies`, or until a barrier completes that `_private.arrive_after_copies` was told of.
     """
     rows, d = dst.shape[-2:]
 
@@ -71,17 +71,26 @@ def scatter_rows(src: Any, dst: jax.Ref, index: jax.Array) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), plgpu.RefType(), EACH))
     def copy(ctx, src, dst, index):
-        index = _own(index)
+        index, i32 = _own(index), ir.IntegerType.get_signless(32)
+        moves = []
+        # All loads before the first store: their latencies pass together.
         for chunk in _chunks(rows, d, src):
             row = _shuffle(index, chunk.lane)
-            address = _row_address(dst, arith.maxsi(row, _i32(0)), d, chunk.column)
-            _asm(
-                "{ .reg .pred p; .reg .b32 x<4>; setp.ge.s32 p, $2, 0;"
-                " ld.shared.v4.b32 {x0, x1, x2, x3}, [$0]; @p st.global.v4.b32 [$1], {x0, x1, x2, x3}; }",
-                "r,l,r",
+            words = utils.inline_ptx(
+                "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
                 chunk.address,
+                result_types=[i32] * 4,
+                has_side_effects=True,
+            )
+            moves.append((row, chunk.column, words))
+        for row, column, words in moves:
+            address = _row_address(dst, arith.maxsi(row, _i32(0)), d, column)
+            _asm(
+                "{ .reg .pred p; setp.ge.s32 p, $1, 0; @p st.global.v4.b32 [$0], {$2, $3, $4, $5}; }",
+                "l,r,r,r,r,r",
                 address,
                 row,
+                *words,
             )
 
     copy(src, dst, index)
@@ -148,8 +157,18 @@ def clear_rows(dst: Any, begin: jax.Array, end: jax.Array) -> None:
     clear(dst, begin, end)
 
 
+def wait_copies() -> None:
+    """Waits for this thread's copies of `gather_rows`."""
+
+    @plgpu.inline_mgpu()
+    def wait(ctx):
+        _asm("cp.async.wait_all;", "")
+
+    wait()
+
+
 def fence() -> None:
-    """What other threads' copies wrote is there for wgmma to read."""
+    """What copies of this thread, or those that it knows of, wrote is there for wgmma to read."""
 
     @plgpu.inline_mgpu()
     def fence(ctx):

@@ -28,7 +28,7 @@ from jaxattn.device import num_sms
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._keys import Keys, KeySource
 from jaxattn.kernels.mosaic._launch import launch
-from jaxattn.kernels.mosaic._loading import Queries, Stages, load_boxes, load_rows
+from jaxattn.kernels.mosaic._loading import BoxLoader, Queries, RowLoader, Stages
 from jaxattn.kernels.mosaic._online_softmax import (
     KEY,
     ROW,
@@ -54,7 +54,7 @@ def _attention_kernel(
     q_ref,  # [t * h, d]
     k_ref,  # as `KeySource.arrays` says
     v_ref,
-    items_ref,  # int32 [w, 9]
+    items_ref,  # int32 [w, 10]
     num_items_ref,  # int32 [1]
     indices_ref,  # int32 [capacity]; None for contiguous keys
     page_range_ref,  # int32 [2], as in the plan; likewise
@@ -128,40 +128,40 @@ def _attention_kernel(
 
 def _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_ref):
     """The loading warpgroup: draws the units, and loads what they need."""
-    config, source = static.config, static.source
-    plgpu.set_max_registers(config.registers[1], action="decrease")
-    load = load_boxes if source.in_boxes else load_rows
+    source = static.source
+    plgpu.set_max_registers(static.config.registers[1], action="decrease")
+    loader = (BoxLoader if source.in_boxes else RowLoader)(k_ref, v_ref, keys, values)
+
+    def keys_of(unit):
+        return Keys(source, unit.span, indices_ref, unit.head)
+
+    def load_queries(r):
+        row, unit = wg.row_of_thread(ROWS), schedule.look(r)
+        index = [Rows.of(static, unit, i).q_rows(row) for i in range(COMPUTING)]
+        pl.when(unit.exists)(lambda: queries.load(r, q_ref, index))
+
+    def end_queries(r):
+        pl.when(schedule.look(r).exists)(lambda: queries.end_load(r))
 
     def a_unit(state):
-        """The unit of round r; n tiles were loaded before it."""
-        r, number, n = state
-        unit = schedule.unit(number)
-        schedule.tell(r, unit)
-        # Its latency hides behind the tiles; drawn earlier, blocks would not share the last units fairly.
+        """The unit of round r, whose queries and first keys are under way; n tiles were loaded before it."""
+        r, n, _ = state
+        loader.unit(keys_of(schedule.look(r)), n, lambda: keys_of(schedule.look(r + 1)))
+        # Drawn earlier, blocks would not share the last units fairly.
         schedule.begin_draw()
-        tiles = unit.span.tiles
-        load_keys = functools.partial(
-            load, Keys(source, unit.span, indices_ref, unit.head), n, (k_ref, v_ref), keys, values
-        )
-        row = wg.row_of_thread(ROWS)
-        index = [Rows.of(static, unit, i).q_rows(row) for i in range(COMPUTING)]
-        if queries.count == 1:
-            # The one buffer is that of the unit before until its end: first come keys, which have room.
-            ahead = jnp.minimum(tiles, config.num_stages)
-            load_keys(0, ahead)
-            queries.load(r, q_ref, index)
-            pl.when(ahead < tiles)(lambda: load_keys(ahead, tiles))
-        else:
-            queries.load(r, q_ref, index)
-            load_keys(0, tiles)
-        return r + 1, schedule.end_draw(), n + tiles
+        load_queries(r + 1)
+        schedule.tell(r + 2, schedule.unit(schedule.end_draw()))
+        end_queries(r + 1)
+        return r + 1, n + schedule.look(r).span.tiles, schedule.look(r + 1).exists
 
-    rounds, *_ = lax.while_loop(
-        lambda state: schedule.exists(state[1]),
-        a_unit,
-        (jnp.int32(0), schedule.first(), jnp.int32(0)),
-    )
-    schedule.tell(rounds, None)
+    zero, one = jnp.int32(0), jnp.int32(1)
+    schedule.tell(zero, schedule.unit(schedule.first()))
+    loader.begin(keys_of(schedule.look(zero)))
+    schedule.begin_draw()
+    load_queries(zero)
+    end_queries(zero)
+    schedule.tell(one, schedule.unit(schedule.end_draw()))
+    lax.while_loop(lambda state: state[2], a_unit, (zero, zero, schedule.look(zero).exists))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +191,6 @@ class Computing:
     def run(self) -> None:
         config = self.static.config
         plgpu.set_max_registers(config.registers[0], action="increase")
-        if self.absent_smem is not None:
-            self.absent_smem[...] = jnp.zeros_like(wg.thread_number(), jnp.float32)
         first = self.warpgroup == 0
         if config.turns:
             pl.when(first)(lambda: plgpu.barrier_arrive(self.turn.at[0]))
@@ -201,7 +199,7 @@ class Computing:
             """The unit of round r; n tiles were loaded before it."""
             r, n, _ = state
             q_tile = self.queries.tiles.at[self.queries.stage(r), self.warpgroup]
-            self.wait_full(self.queries, r, copied_by_threads=True)
+            self.wait(self.queries, r)
             o, state = self.attend(self.rows(r), q_tile, n)
             rows = self.rows(r)
             self.finish(rows, o, state, q_tile)
@@ -220,20 +218,24 @@ class Computing:
         """The unit's tiles, the n-th loaded and so on: (sums float32 [r, d], state)."""
         source, dtype, softmax = self.static.source, q_tile.dtype, self.softmax
         tiles = rows.unit.span.tiles
-        phases = rows.phases()
+        phases = rows.unit.phases
         scores = plgpu.ACC((ROWS, source.block), jnp.float32)
 
         def wait_plain_values(i):
             """Of a tile without a mask: while the tensor cores are at work already."""
             pl.when((i >= phases.plain) & (i < phases.low))(
-                lambda: self.wait_full(self.values, n + i)
+                lambda: self.wait_tile(self.values, n + i)
             )
 
         def wait_masked_values(i):
-            """At once, and zeros go where no key of the item is."""
-            self.wait_full(self.values, n + i)
+            """At once, and zeros go where no key of the request is: a weight of 0 times NaN is NaN.
+
+            Rows come without them, boxes with what lies before and behind the request's keys.
+            """
+            self.wait_tile(self.values, n + i)
             if source.in_boxes:
-                begin, end = (x - rows.first_key(i) for x in rows.unit.span[:2])
+                first = rows.first_key(i)
+                begin, end = -first, rows.unit.span.own_end - first
 
                 @pl.when((begin > 0) | (end < source.block))
                 def _():
@@ -254,7 +256,7 @@ class Computing:
             return softmax.update(state, s, masked=masked)
 
         def first(s_acc):
-            self.wait_full(self.keys, n)
+            self.wait_tile(self.keys, n)
             self.take_turn()
             multiply_keys(s_acc, 0)
             self.pass_turn()
@@ -268,7 +270,7 @@ class Computing:
             *state, p = carry
 
             def inner(s_acc):
-                self.wait_full(self.keys, n + i)
+                self.wait_tile(self.keys, n + i)
                 self.take_turn()
                 multiply_keys(s_acc, i)
                 wait_plain_values(i - 1)
@@ -314,16 +316,16 @@ class Computing:
         if not source.paged:
             return s
 
-        @pl.when(span.absent != 0)
-        def _():
+        def without_absent(s):
+            """An absent key's vector is zeros, its score finite."""
             wg.sync()
             keys = Keys(source, span, self.indices_ref, rows.unit.head)
             self.absent_smem[...] = keys.absent(span.tiles - 1 - i)
             wg.sync()
+            block = self.absent_smem.at[pl.ds(0, source.block)]
+            return s + along_rows(plgpu.load(block, layout=KEY, optimized=False), ROWS)
 
-        # An absent key's vector is zeros, its score finite.
-        block = self.absent_smem.at[pl.ds(0, source.block)]
-        return s + along_rows(plgpu.load(block, layout=KEY, optimized=False), ROWS)
+        return lax.cond(span.absent != 0, without_absent, lambda s: s, s)
 
     def finish(self, rows: Rows, o: jax.Array, state: State, o_tile: Any) -> None:
         """Stores what the sums o come to, or leaves it to be merged; o_tile: shared memory for it."""
@@ -333,7 +335,7 @@ class Computing:
         def store(o, lse):
             o_tile[...] = o.astype(o_tile.dtype)
             self.row_smem[pl.ds(0, ROWS)] = lse
-            plgpu.commit_smem()
+            wg.sync()
             wg.scatter_rows(o_tile, self.o_ref, rows.q_rows(wg.row_of_thread(ROWS)))
             wg.store_each(
                 self.lse_ref, rows.q_rows(thread), plgpu.load(self.row_smem, layout=wg.EACH)
@@ -365,9 +367,13 @@ class Computing:
         if self.static.config.turns:
             plgpu.barrier_arrive(self.turn.at[1 - self.warpgroup])
 
-    def wait_full(self, stages: Stages, n: jax.Array, copied_by_threads: bool | None = None) -> None:
+    def wait(self, stages: Stages, n: jax.Array) -> None:
         plgpu.barrier_wait(stages.full.at[stages.stage(n)])
-        if not self.static.source.in_boxes if copied_by_threads is None else copied_by_threads:
+
+    def wait_tile(self, stages: Stages, n: jax.Array) -> None:
+        """Of keys or values."""
+        self.wait(stages, n)
+        if not self.static.source.in_boxes:
             wg.fence()
 
 

@@ -58,7 +58,7 @@ def _attention_kernel(
     q_ref,  # [t * h, d]
     k_ref,  # [num_rows, d]
     v_ref,  # [num_rows, dv]
-    items_ref,  # int32 [w, 9]
+    items_ref,  # int32 [w, 10]
     indices_ref,  # int32 [capacity]; None for contiguous keys
     page_range_ref,  # int32 [2], as in the plan; likewise
     limits_ref,  # int32 [t, 2] or None
