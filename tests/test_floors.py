@@ -31,7 +31,12 @@ FLOORS = [
     ["kernels.mosaic._launch", "kernels.mosaic._keys", "kernels.mosaic._online_softmax"],
     ["kernels.mosaic.tiles"],
     ["kernels.mosaic._units"],
-    ["kernels.mosaic._loading", "kernels.mosaic._rows", "kernels.mosaic._splits", "kernels.mosaic.serves"],
+    [
+        "kernels.mosaic._loading",
+        "kernels.mosaic._rows",
+        "kernels.mosaic._splits",
+        "kernels.mosaic.serves",
+    ],
     ["kernels.*"],
     ["append", "attention", "merge", "norm", "rope"],
     ["dense", "model_step", "ragged"],

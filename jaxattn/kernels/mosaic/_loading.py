@@ -57,11 +57,14 @@ class Queries(Stages):
         for i, index in enumerate(rows):
             wg.gather_rows(q_ref, self.tiles.at[self.stage(r), i], index)
 
-    def end_load(self, r: jax.Array) -> None:
-        """Waits for them, and makes them known to wgmma here, where there is time for it."""
-        wg.wait_copies()
-        wg.fence()
-        plgpu.barrier_arrive(self.full.at[self.stage(r)])
+    def end_load(self, r: jax.Array, wait: bool) -> None:
+        """Says when they are there; with `wait` it waits, and makes them known to wgmma, as else whoever reads must."""
+        if wait:
+            wg.wait_copies()
+            wg.fence()
+            plgpu.barrier_arrive(self.full.at[self.stage(r)])
+        else:
+            _private.arrive_after_copies(self.full.at[self.stage(r)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +83,10 @@ class Loader:
         """The first unit's first keys."""
         raise NotImplementedError
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Callable[[], Keys]) -> None:
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys) -> None:
         """The unit's other keys and its values, and the coming unit's first keys; n tiles were loaded before the unit.
 
-        A coming unit without tiles is none. It is looked up when it is needed: registers are few.
+        A coming unit without tiles is none.
         """
         raise NotImplementedError
 
@@ -95,12 +98,12 @@ class BoxLoader(Loader):
         boxes = first.source.boxes
         self._by_warps(boxes, lambda numbers: self._first_keys(first, jnp.int32(0), numbers))
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Callable[[], Keys]) -> None:
-        tiles, after = keys.span.tiles, coming()
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys) -> None:
+        tiles = keys.span.tiles
 
         def keys_of(numbers):
             self._stream(keys, n, False, numbers, self._ahead(keys), tiles)
-            self._first_keys(after, n + tiles, numbers)
+            self._first_keys(coming, n + tiles, numbers)
 
         def values_of(numbers):
             self._stream(keys, n, True, numbers, 0, tiles)
@@ -157,7 +160,7 @@ class RowLoader(Loader):
     def begin(self, first: Keys) -> None:
         self._put(self.k_ref, self.k, jnp.int32(0), self._rows(first, 0))
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Callable[[], Keys]) -> None:
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys) -> None:
         tiles = keys.span.tiles
 
         def tile(i, carry):
@@ -167,11 +170,10 @@ class RowLoader(Loader):
             self._put_value(keys, n + i - 1, before)
             return rows, following
 
-        last, _ = lax.fori_loop(1, tiles, tile, (self._rows(keys, 0), self._rows(keys, 1)))
-        after = coming()
-        pl.when(after.span.tiles > 0)(
-            lambda: self._put(self.k_ref, self.k, n + tiles, self._rows(after, 0))
-        )
+        rows = self._rows(keys, 0), self._rows(keys, 1)
+        first = self._rows(coming, 0)  # with theirs, the latency of its page ids passes
+        last, _ = lax.fori_loop(1, tiles, tile, rows)
+        pl.when(coming.span.tiles > 0)(lambda: self._put(self.k_ref, self.k, n + tiles, first))
         self._put_value(keys, n + tiles - 1, last)
 
     def _rows(self, keys: Keys, i: Any) -> jax.Array:

@@ -71,7 +71,9 @@ class Unit(NamedTuple):
 
 FIELDS, TREE = (lambda leaves, tree: (len(leaves), tree))(
     *jax.tree.flatten(
-        Unit(WorkItem(*[0] * len(WorkItem._fields)), 0, Span(*[0] * len(Span._fields)), Phases(0, 0))
+        Unit(
+            WorkItem(*[0] * len(WorkItem._fields)), 0, Span(*[0] * len(Span._fields)), Phases(0, 0)
+        )
     )
 )
 

@@ -40,7 +40,7 @@ from jaxattn.kernels.mosaic._online_softmax import (
 )
 from jaxattn.kernels.mosaic._rows import Rows
 from jaxattn.kernels.mosaic._splits import Partials
-from jaxattn.kernels.mosaic._units import FIELDS, RING, Schedule, Statics, Unit
+from jaxattn.kernels.mosaic._units import FIELDS, RING, Schedule, Statics
 from jaxattn.kernels.mosaic.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache
 from jaxattn.plan import AttentionPlan
@@ -141,12 +141,12 @@ def _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_
         pl.when(unit.exists)(lambda: queries.load(r, q_ref, index))
 
     def end_queries(r):
-        pl.when(schedule.look(r).exists)(lambda: queries.end_load(r))
+        pl.when(schedule.look(r).exists)(lambda: queries.end_load(r, wait=source.in_boxes))
 
     def a_unit(state):
         """The unit of round r, whose queries and first keys are under way; n tiles were loaded before it."""
         r, n, _ = state
-        loader.unit(keys_of(schedule.look(r)), n, lambda: keys_of(schedule.look(r + 1)))
+        loader.unit(keys_of(schedule.look(r)), n, keys_of(schedule.look(r + 1)))
         # Drawn earlier, blocks would not share the last units fairly.
         schedule.begin_draw()
         load_queries(r + 1)
@@ -199,7 +199,7 @@ class Computing:
             """The unit of round r; n tiles were loaded before it."""
             r, n, _ = state
             q_tile = self.queries.tiles.at[self.queries.stage(r), self.warpgroup]
-            self.wait(self.queries, r)
+            self.wait_full(self.queries, r)
             o, state = self.attend(self.rows(r), q_tile, n)
             rows = self.rows(r)
             self.finish(rows, o, state, q_tile)
@@ -224,7 +224,7 @@ class Computing:
         def wait_plain_values(i):
             """Of a tile without a mask: while the tensor cores are at work already."""
             pl.when((i >= phases.plain) & (i < phases.low))(
-                lambda: self.wait_tile(self.values, n + i)
+                lambda: self.wait_full(self.values, n + i)
             )
 
         def wait_masked_values(i):
@@ -232,7 +232,7 @@ class Computing:
 
             Rows come without them, boxes with what lies before and behind the request's keys.
             """
-            self.wait_tile(self.values, n + i)
+            self.wait_full(self.values, n + i)
             if source.in_boxes:
                 first = rows.first_key(i)
                 begin, end = -first, rows.unit.span.own_end - first
@@ -256,7 +256,7 @@ class Computing:
             return softmax.update(state, s, masked=masked)
 
         def first(s_acc):
-            self.wait_tile(self.keys, n)
+            self.wait_full(self.keys, n)
             self.take_turn()
             multiply_keys(s_acc, 0)
             self.pass_turn()
@@ -270,7 +270,7 @@ class Computing:
             *state, p = carry
 
             def inner(s_acc):
-                self.wait_tile(self.keys, n + i)
+                self.wait_full(self.keys, n + i)
                 self.take_turn()
                 multiply_keys(s_acc, i)
                 wait_plain_values(i - 1)
@@ -367,12 +367,8 @@ class Computing:
         if self.static.config.turns:
             plgpu.barrier_arrive(self.turn.at[1 - self.warpgroup])
 
-    def wait(self, stages: Stages, n: jax.Array) -> None:
+    def wait_full(self, stages: Stages, n: jax.Array) -> None:
         plgpu.barrier_wait(stages.full.at[stages.stage(n)])
-
-    def wait_tile(self, stages: Stages, n: jax.Array) -> None:
-        """Of keys or values."""
-        self.wait(stages, n)
         if not self.static.source.in_boxes:
             wg.fence()
 
