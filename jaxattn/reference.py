@@ -448,3 +448,14 @@ def rope_append_paged_kv_cache(
     q, k = rope(q, k, row, cos_sin_cache, interleave=interleave)
     cache = append_paged_kv_cache(k, v, batch_indices, positions, cache, page_table)
     return q.astype(dtype), cache
+
+
+def grouped_matmul(x: Array, weights: Array, group_sizes: Array) -> Array:
+    """`x[i] @ weights[g].T` in float32 for the rows i of group g; zeros past the groups."""
+    return jax.lax.ragged_dot(
+        x,
+        jnp.swapaxes(weights, 1, 2),
+        group_sizes,
+        precision="highest" if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

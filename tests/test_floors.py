@@ -32,7 +32,7 @@ FLOORS = [
     ["kernels.mosaic.tiles"],
     ["kernels.mosaic._loading", "kernels.mosaic._splits", "kernels.mosaic.serves"],
     ["kernels.*"],
-    ["append", "attention", "merge", "norm", "rope"],
+    ["append", "attention", "grouped_matmul", "merge", "norm", "rope"],
     ["dense", "model_step", "ragged"],
     ["flashinfer.arguments", "flashinfer.index_arrays", "flashinfer.options"],
     ["flashinfer.logits", "flashinfer.masks"],
