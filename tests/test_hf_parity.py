@@ -10,7 +10,8 @@ import pytest
 from tiny import paged_logits, random_prompts
 
 from jaxattn.generate import generate
-from jaxattn.models import llama
+from jaxattn.models.config import DecoderConfig
+from jaxattn.models.weights import load
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what these libraries warn of on import is theirs
@@ -47,10 +48,39 @@ MODELS = {
         transformers.LlamaConfig(**SIZES, head_dim=16, attention_bias=True, mlp_bias=True)
     ),
     "mistral": lambda: transformers.MistralForCausalLM(
-        transformers.MistralConfig(**SIZES, head_dim=32)
+        transformers.MistralConfig(**SIZES, head_dim=32, sliding_window=16)
     ),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=16)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            **SIZES, head_dim=16, use_sliding_window=True, sliding_window=23, max_window_layers=1
+        )
+    ),
+    # Caps low enough to bend, an untied head, an odd number of KV heads, windows on the even layers.
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            **SIZES | dict(num_key_value_heads=3, tie_word_embeddings=False),
+            head_dim=32,
+            sliding_window=12,
+            query_pre_attn_scalar=48,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        )
+    ),
+    # Two rotary embeddings, the global one scaled; every third layer is global.
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **SIZES | dict(num_hidden_layers=4),
+            head_dim=16,
+            sliding_window=9,
+            sliding_window_pattern=3,
+            query_pre_attn_scalar=24,
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e5),
+                sliding_attention=dict(rope_type="default", rope_theta=1e3),
+            ),
+        )
+    ),
 }
 
 
@@ -58,12 +88,12 @@ MODELS = {
 def test_their_configs_are_understood(name, tmp_path):
     theirs = getattr(transformers, f"{name}Config")(architectures=[f"{name}ForCausalLM"])
     theirs.save_pretrained(tmp_path)
-    config = llama.LlamaConfig.from_hf(theirs.to_dict())
-    assert config == llama.LlamaConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
+    config = DecoderConfig.from_hf(theirs.to_dict())
+    assert config == DecoderConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
     assert config.num_kv_heads == theirs.num_key_value_heads
-    assert config.sliding_window == (4096 if name == "Mistral" else None)
+    assert config.windows == ((4096,) if name == "Mistral" else (None,))
     without_name = theirs.to_dict() | {"architectures": None}
-    assert config == llama.LlamaConfig.from_hf(without_name)
+    assert config == DecoderConfig.from_hf(without_name)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -78,7 +108,7 @@ def models(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder, max_shard_size="100KB" if "qwen" in request.param else "1GB")
     assert (folder / "model.safetensors.index.json").exists() == ("qwen" in request.param)
-    return model, *llama.load(folder)
+    return model, *load(folder)
 
 
 @torch.no_grad()
@@ -94,7 +124,7 @@ def theirs(model, tokens) -> np.ndarray:
 def test_logits(models, how):
     model, config, params = models
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    requests = random_prompts([3, 40, 17])
+    requests = random_prompts([3, 50, 17])
     logits = paged_logits(params, config, requests, **how)
     for ours, tokens in zip(logits, requests, strict=True):
         np.testing.assert_allclose(ours, theirs(model, tokens), atol=1e-4, rtol=0)
