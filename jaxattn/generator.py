@@ -96,7 +96,8 @@ class Generator:
         if self.sizes.max_context:
             decoder.check_context(config, self.sizes.max_context)
         self._caches: decoder.Caches | None = None
-        self._cos_sin_caches: tuple[jax.Array, ...] | None = None
+        # By which of the model's rotary embeddings are stretched.
+        self._cos_sin_caches: dict[tuple[bool, ...], tuple[jax.Array, ...]] = {}
 
     def generate(
         self,
@@ -208,13 +209,8 @@ class Generator:
 
         owned, num_pages: pages of each request and of the cache, for each of the model's windows.
         """
-        longest = max(call.lengths)
-        if self._cos_sin_caches is None or self._cos_sin_caches[0].shape[0] < longest:
-            rounded = min(round_up(longest), self.config.max_position_embeddings)
-            self._cos_sin_caches = decoder.rope_tables(
-                self.config, self.sizes.max_context or rounded
-            )
-        max_context = self._cos_sin_caches[0].shape[0]
+        cos_sin_caches = self._rope_tables(max(call.lengths))
+        max_context = cos_sin_caches[0].shape[0]
         more = batch - len(call.prompts)
         page_size = self.sizes.page_size
         block_tables = tuple(
@@ -238,8 +234,22 @@ class Generator:
             limit=jnp.asarray([*call.limits, *[0] * more], jnp.int32),
             eos=jnp.asarray(eos),
             key=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(call.seed), places),
-            cos_sin_caches=self._cos_sin_caches,
+            cos_sin_caches=cos_sin_caches,
         )
+
+    def _rope_tables(self, longest: int) -> tuple[jax.Array, ...]:
+        """The tables kept from other calls if they serve contexts up to `longest`, else new ones.
+
+        The frequencies are those of this call's longest context, however many positions the tables have.
+        """
+        stretched = tuple(rope.is_stretched(longest) for rope in self.config.ropes)
+        kept = self._cos_sin_caches.get(stretched)
+        if kept is None or kept[0].shape[0] < longest:
+            rounded = min(round_up(longest), self.config.max_position_embeddings)
+            max_context = self.sizes.max_context or rounded
+            kept = decoder.rope_tables(self.config, max_context, longest=longest)
+            self._cos_sin_caches[stretched] = kept
+        return kept
 
 
 def round_up(size: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 from tiny import paged_logits, random_prompts
 
 from jaxattn.generate import generate
+from jaxattn.generator import Generator
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.weights import load
 
@@ -38,6 +39,25 @@ LLAMA3 = dict(
     original_max_position_embeddings=64,
 )
 
+
+def _phi3(original):
+    rng = np.random.default_rng(0)
+    short, long = (rng.uniform(1, most, 4).tolist() for most in (2, 40))
+    return transformers.Phi3Config(
+        **SIZES,
+        pad_token_id=None,
+        sliding_window=37,
+        original_max_position_embeddings=original,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=1e4,
+            short_factor=short,
+            long_factor=long,
+            partial_rotary_factor=0.5,
+        ),
+    )
+
+
 MODELS = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -56,6 +76,30 @@ MODELS = {
             **SIZES, head_dim=16, use_sliding_window=True, sliding_window=23, max_window_layers=1
         )
     ),
+    # A dense layer, one of experts that are slow to agree (weights that do not add up to 1), a window.
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **SIZES,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=40,
+            decoder_sparse_step=2,
+            use_sliding_window=True,
+            sliding_window=30,
+        )
+    ),
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            **SIZES | dict(num_key_value_heads=3, max_position_embeddings=4096),
+            head_dim=32,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=14,
+            swiglu_limit=0.5,
+        )
+    ),
+    # Fused projections; a part of each head turns, by the factors of short contexts.
+    "phi3": lambda: transformers.Phi3ForCausalLM(_phi3(original=256)),
     # Caps low enough to bend, an untied head, an odd number of KV heads, windows on the even layers.
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(
@@ -84,14 +128,17 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    "name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "GptOss", "Phi3"]
+)
 def test_their_configs_are_understood(name, tmp_path):
     theirs = getattr(transformers, f"{name}Config")(architectures=[f"{name}ForCausalLM"])
     theirs.save_pretrained(tmp_path)
     config = DecoderConfig.from_hf(theirs.to_dict())
     assert config == DecoderConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
     assert config.num_kv_heads == theirs.num_key_value_heads
-    assert config.windows == ((4096,) if name == "Mistral" else (None,))
+    windows = dict(Mistral=(4096,), GptOss=(None, 128))
+    assert config.windows == windows.get(name, (None,))
     without_name = theirs.to_dict() | {"architectures": None}
     assert config == DecoderConfig.from_hf(without_name)
 
@@ -140,3 +187,21 @@ def test_greedy_tokens(models):
     for prompt, tokens in zip(prompts, whole, strict=True):
         logits = theirs(model, prompt + tokens[:-1])[len(prompt) - 1 :]
         assert logits.argmax(axis=-1).tolist() == tokens
+
+
+def test_longrope_beyond_the_original_context(tmp_path):
+    """Requests that outgrow 40 tokens take the long factors from their first token on, in every call."""
+    torch.manual_seed(0)
+    model = transformers.Phi3ForCausalLM(_phi3(original=40)).eval()
+    model.save_pretrained(tmp_path)
+    config, params = load(tmp_path)
+    requests = random_prompts([41, 60])
+    logits = paged_logits(params, config, requests, piece=9)
+    for ours, tokens in zip(logits, requests, strict=True):
+        np.testing.assert_allclose(ours, theirs(model, tokens), atol=1e-4, rtol=0)
+
+    generator = Generator(params, config)
+    for new in (4, 64, 4):  # within the original context, beyond it, and within it again
+        (tokens,) = generator.generate([requests[0][:33]], max_new_tokens=new).tokens
+        logits = theirs(model, requests[0][:33] + tokens[:-1])
+        assert logits[32:].argmax(axis=-1).tolist() == tokens

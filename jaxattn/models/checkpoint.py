@@ -4,7 +4,7 @@ The tensors lie in `model.safetensors`, or in shards that `model.safetensors.ind
 """
 
 import json
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,10 @@ class Checkpoint:
     def names(self) -> Set[str]:
         return self._file_of.keys()
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor `name`, one of `names`: float16, bfloat16 or float32.
+    def read(
+        self, name: str, shape: tuple[int, ...], dtypes: Sequence[str] = FLOAT_DTYPES
+    ) -> np.ndarray:
+        """The tensor `name`, one of `names`, of this shape and one of these dtypes.
 
         Raises:
           ValueError: the file does not hold it, or with another shape.
@@ -96,9 +98,9 @@ class Checkpoint:
                     f"tensor {name!r} must have shape {list(shape)} (config.json); got {list(came)}"
                 )
             tensor = tensors.get_tensor(name)
-        if tensor.dtype.name not in FLOAT_DTYPES:
+        if tensor.dtype.name not in dtypes:
             raise TypeError(
-                f"tensor {name!r} must be one of {', '.join(FLOAT_DTYPES)}; got {tensor.dtype.name}"
+                f"tensor {name!r} must be one of {', '.join(dtypes)}; got {tensor.dtype.name}"
             )
         return tensor
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxattn.checks import check_heads, check_positive, check_rotary_dim
+from jaxattn.checks import check_heads, check_positive
 from jaxattn.models.families import read_fields
 from jaxattn.models.layer_spec import LayerSpec
 from jaxattn.models.rope_scaling import RopeConfig
@@ -16,6 +16,7 @@ class DecoderConfig:
 
     Attributes:
       layers: what each layer does; as many as there are.
+      fused_qkv: whether a checkpoint holds q_proj, k_proj and v_proj as one.
       qk_norm: RMSNorm of each query and key head.
       sinks: each layer's attention has a further logit a query head, without a value.
       norm_after: RMSNorm also of what attention and the feed-forward give, before it is added (Gemma's sandwich).
@@ -39,6 +40,7 @@ class DecoderConfig:
     layers: tuple[LayerSpec, ...]
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
+    fused_qkv: bool = False
     o_bias: bool = False
     qk_norm: bool = False
     sinks: bool = False
@@ -54,7 +56,7 @@ class DecoderConfig:
         check_heads(self.num_qo_heads, self.num_kv_heads)
         check_positive(num_layers=self.num_layers)
         for rope in self.ropes:
-            check_rotary_dim(rope.rotary_dim or self.head_dim, self.head_dim)
+            rope.check(self.head_dim)
         for window in self.windows:
             check_positive(window=1 if window is None else window)
 

@@ -75,18 +75,27 @@ def check_context(config: DecoderConfig, max_context: int) -> None:
         )
 
 
-def rope_tables(config: DecoderConfig, max_context: int) -> tuple[Array, ...]:
+def rope_tables(
+    config: DecoderConfig, max_context: int, *, longest: int | None = None
+) -> tuple[Array, ...]:
     """Cosines and sines for positions 0 .. max_context - 1, float32 [max_context, rotary_dim] for each of `config.ropes`.
+
+    Args:
+      config: from `load`.
+      max_context: positions.
+      longest: tokens of the longest context that will use the tables; default max_context. LongRoPE has other
+        frequencies for contexts beyond the length that its model began with, and keys in a cache keep theirs.
 
     Raises:
       ValueError: as `check_context`.
     """
     check_context(config, max_context)
 
-    def table(frequencies: Array, factor: float) -> Array:
+    def table(frequencies: Any, factor: float) -> Array:
         return factor * precompute_freqs_cis(config.head_dim, max_context, frequencies=frequencies)
 
-    return tuple(table(*rope.frequencies(config.head_dim)) for rope in config.ropes)
+    of_context = config.head_dim, longest or max_context
+    return tuple(table(*rope.frequencies(*of_context)) for rope in config.ropes)
 
 
 class Batch(NamedTuple):
@@ -309,6 +318,8 @@ def _layer(
     )
     o = layer.o_proj(o.reshape(x.shape[0], -1))
     x, residual = add(o, residual, layer.attention_out_norm, layer.feed_forward_norm)
-    y = spec.feed_forward(x, layer.feed_forward)
+    y = spec.feed_forward(
+        x, layer.feed_forward, is_token=of_tokens.batch_indices >= 0, backend=backend
+    )
     x, residual = add(y, residual, layer.feed_forward_out_norm, next_norm)
     return x, residual, cache

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jaxattn.models import layer_types
+from jaxattn.models import layer_types, stored_experts
 from jaxattn.models.entries import (
     BOOL,
     OBJECT,
@@ -24,7 +24,7 @@ from jaxattn.models.feed_forward import ACTIVATIONS, FeedForward, Gated
 from jaxattn.models.known_entries import HARMLESS, NEUTRAL
 from jaxattn.models.layer_spec import LayerSpec
 from jaxattn.models.layer_types import FULL, SLIDING, LayerTypes, read_layer_types
-from jaxattn.models.rope_scaling import RopeConfig
+from jaxattn.models.rope_scaling import ALL_SCALINGS, Lengths, RopeConfig
 
 Tensors = Collection[str]  # names of a checkpoint's
 
@@ -34,6 +34,17 @@ def gated(entries: Entries, tensors: Tensors, num_layers: int) -> list[FeedForwa
     bias = entries.get("mlp_bias", BOOL, _held(tensors, "gate", "up", "down"))
     inner = entries.need("intermediate_size", POSITIVE_INT)
     return [Gated(inner, read_activation(entries), bias)] * num_layers
+
+
+def fused(entries: Entries, tensors: Tensors, num_layers: int) -> list[FeedForward]:
+    """Of a checkpoint that holds gate and up as one."""
+    inner = entries.need("intermediate_size", POSITIVE_INT)
+    return [Gated(inner, read_activation(entries), fused=True)] * num_layers
+
+
+def qwen3_moe(entries: Entries, tensors: Tensors, num_layers: int) -> list[FeedForward]:
+    dense = Gated(entries.need("intermediate_size", POSITIVE_INT), read_activation(entries))
+    return stored_experts.qwen3_moe(dense, entries, num_layers)
 
 
 def read_activation(entries: Entries) -> str:
@@ -66,6 +77,9 @@ class Family:
       qkv_bias: whether q, k and v have biases where no entry says it.
       o_bias_too: whether attention_bias means o_proj's as well.
       local_theta: base of the sliding layers' own rotary embedding, where they have one.
+      rope: settings of the rotary embedding where a file has none.
+      scalings: names that its scaling may have, and what `SCALINGS` calls them.
+      partial_rotary: whether a part of each head may turn.
     """
 
     architecture: str
@@ -76,10 +90,26 @@ class Family:
     qkv_bias: bool = False
     o_bias_too: bool = False
     local_theta: float | None = None
+    rope: Mapping[str, Any] | None = None
+    scalings: Mapping[str, str] = dataclasses.field(default_factory=lambda: ALL_SCALINGS)
+    partial_rotary: bool = False
 
 
 def _qwen3(entries: Entries) -> dict[str, Any]:
     return dict(qk_norm=True)
+
+
+def _gpt_oss(entries: Entries) -> dict[str, Any]:
+    return dict(sinks=True)
+
+
+def _phi3(entries: Entries) -> dict[str, Any]:
+    # Code that came with a checkpoint before transformers had it; another's would be another model.
+    classes = entries.get("auto_map", OBJECT, {})
+    strange = [name for name in classes.values() if "Phi3" not in str(name)]
+    if strange:
+        raise NotImplementedError(f"auto_map to {strange} is not built; supported: Phi-3's own")
+    return dict(fused_qkv=True)
 
 
 def _gemma(entries: Entries) -> dict[str, Any]:
@@ -133,12 +163,57 @@ FAMILIES = {  # by model_type
         fields=_qwen3,
         o_bias_too=True,
     ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        _LLAMA
+        | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, vocab_size=151936)
+        | dict(num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=32768)
+        | dict(sliding_window=4096, moe_intermediate_size=768, num_experts_per_tok=8)
+        | dict(decoder_sparse_step=1),
+        layer_types.qwen_moe,
+        qwen3_moe,
+        fields=_qwen3,
+        o_bias_too=True,
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        _LLAMA
+        | dict(hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, vocab_size=201088)
+        | dict(num_attention_heads=64, num_key_value_heads=8, head_dim=64, sliding_window=128)
+        | dict(max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1.5e5)
+        | dict(attention_bias=True, num_experts_per_tok=4, swiglu_alpha=1.702, swiglu_limit=7.0),
+        layer_types.every_second,
+        stored_experts.gpt_oss,
+        fields=_gpt_oss,
+        o_bias_too=True,
+        rope=dict(
+            rope_type="yarn",
+            factor=32.0,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            truncate=False,
+            original_max_position_embeddings=4096,
+        ),
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        _LLAMA
+        | dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, vocab_size=32064)
+        | dict(num_attention_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096)
+        | dict(original_max_position_embeddings=4096, eos_token_id=32000),
+        layer_types.all_slide,
+        fused,
+        fields=_phi3,
+        # The older names of one thing, "yarn" among them.
+        scalings=dict(default="default", longrope="longrope", su="longrope", yarn="longrope"),
+        partial_rotary=True,
+    ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         _GEMMA
         | dict(vocab_size=256000, max_position_embeddings=8192, rope_theta=1e4)
         | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-        layer_types.gemma2,
+        layer_types.every_second,
         fields=_gemma2,
         o_bias_too=True,
     ),
@@ -162,17 +237,21 @@ def read_fields(raw: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     hidden = entries.need("hidden_size", POSITIVE_INT)
     num_layers = entries.need("num_hidden_layers", POSITIVE_INT)
     heads = entries.need("num_attention_heads", POSITIVE_INT)
+    head_dim = entries.get("head_dim", POSITIVE_INT) or _head_dim(hidden, heads)
     kinds, window = read_layer_types(entries, num_layers, family.layer_types)
-    ropes = _ropes(entries, family, kinds)
+    lengths = Lengths(
+        entries.need("max_position_embeddings", POSITIVE_INT), _original_length(entries, family)
+    )
+    ropes = _ropes(entries, family, kinds, lengths, head_dim)
     feed_forwards = family.feed_forwards(entries, tensors, num_layers)
     fields = dict(
         vocab_size=entries.need("vocab_size", POSITIVE_INT),
         hidden_size=hidden,
         num_qo_heads=heads,
         num_kv_heads=entries.get("num_key_value_heads", POSITIVE_INT, heads),
-        head_dim=entries.get("head_dim", POSITIVE_INT) or _head_dim(hidden, heads),
+        head_dim=head_dim,
         rms_norm_eps=float(entries.need("rms_norm_eps", POSITIVE)),
-        max_position_embeddings=entries.need("max_position_embeddings", POSITIVE_INT),
+        max_position_embeddings=lengths.longest,
         layers=tuple(
             LayerSpec(feed_forward, ropes[kind], window if kind == SLIDING else None)
             for kind, feed_forward in zip(kinds, feed_forwards, strict=True)
@@ -239,18 +318,40 @@ def _biases(entries: Entries, family: Family, tensors: Tensors) -> dict[str, boo
     )
 
 
-def _ropes(entries: Entries, family: Family, kinds: Collection[str]) -> dict[str, RopeConfig]:
+def _original_length(entries: Entries, family: Family) -> int | None:
+    """Of contexts, where a family's configs have it beside the settings of the rotary embedding."""
+    name = "original_max_position_embeddings"
+    return entries.get(name, POSITIVE_INT) if name in family.defaults else None
+
+
+def _ropes(
+    entries: Entries, family: Family, kinds: Collection[str], lengths: Lengths, head_dim: int
+) -> dict[str, RopeConfig]:
     """The rotary embedding of each kind of layer: from `rope_parameters` (transformers 5), or the entries before."""
     thetas = dict.fromkeys((FULL, SLIDING), entries.need("rope_theta", POSITIVE))
     if family.local_theta is not None:
         thetas[SLIDING] = entries.get("rope_local_base_freq", POSITIVE, family.local_theta)
+
+    def read(settings: Mapping[str, Any], where: str, kind: str) -> RopeConfig:
+        return RopeConfig.read(
+            Entries(settings, where),
+            thetas[kind],
+            lengths,
+            needs_type=where == "rope_scaling",
+            head_dim=head_dim,
+            part=part,
+            scalings=family.scalings,
+        )
+
+    part = entries.get("partial_rotary_factor", POSITIVE, 1.0) if family.partial_rotary else None
     given = {
         name: value
         for name in ("rope_parameters", "rope_scaling")
         if (value := entries.get(name, OBJECT))
     }
     if not given:
-        return {kind: RopeConfig(float(theta)) for kind, theta in thetas.items()}
+        default = family.rope if entries.get("rope_parameters", OBJECT) is None else None
+        return {kind: read(default or {}, "rope_parameters", kind) for kind in thetas}
     name, raw = next(iter(given.items()))
     if any(other != raw for other in given.values()):
         raise ValueError("rope_parameters and rope_scaling in config.json must not differ")
@@ -261,22 +362,18 @@ def _ropes(entries: Entries, family: Family, kinds: Collection[str]) -> dict[str
                 f"rope_parameters of a {family.architecture} must be settings of {FULL!r} and of {SLIDING!r}; "
                 f"got {dict(raw)}"
             )
-        needs_type = name == "rope_scaling"
-        ropes = {FULL: RopeConfig.read(Entries(raw, name), thetas[FULL], needs_type=needs_type)}
+        full = read(raw, name, FULL)
         # A base of their own comes without the scaling.
         own = family.local_theta is not None
-        return ropes | {SLIDING: RopeConfig(float(thetas[SLIDING])) if own else ropes[FULL]}
+        return {FULL: full, SLIDING: read({}, "rope_parameters", SLIDING) if own else full}
 
     # Settings for each kind of layer.
     by_kind = Entries(raw, name)
     settings = {kind: by_kind.get(kind, OBJECT) for kind in (FULL, SLIDING)}
     by_kind.refuse_the_rest((), {})
-    ropes = {}
     for kind in sorted(set(kinds)):
         if settings[kind] is None and family.local_theta is None:
             raise ValueError(
                 f"{name} in config.json has no settings for {kind!r}, which some layers are"
             )
-        of_kind = Entries(settings[kind] or {}, f"{name}.{kind}")
-        ropes[kind] = RopeConfig.read(of_kind, thetas[kind], needs_type=False)
-    return ropes
+    return {kind: read(settings[kind] or {}, f"{name}.{kind}", kind) for kind in sorted(set(kinds))}

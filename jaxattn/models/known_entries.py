@@ -15,8 +15,9 @@ HARMLESS = frozenset(
     "use_cache use_bfloat16 torchscript return_dict output_attentions output_hidden_states "
     "gradient_checkpointing _attn_implementation _attn_implementation_autoset attn_implementation "
     "_flash_attn_2_enabled pretraining_tp chunk_size_feed_forward tf_legacy_loss is_decoder "
-    # Training: first weights and dropout.
+    # Training: first weights, dropout, and what keeps experts busy.
     "initializer_range attention_dropout hidden_dropout embd_pdrop resid_pdrop "
+    "router_aux_loss_coef output_router_logits "
     # Tokens that the caller adds, and how tokens are drawn: options of transformers' generate().
     "bos_token_id pad_token_id sep_token_id decoder_start_token_id prefix max_length min_length "
     "max_sequence_length max_new_tokens do_sample early_stopping num_beams num_beam_groups "

@@ -62,7 +62,9 @@ def _check_given(entries: Entries, kinds: list[str], num_layers: int) -> None:
             f"sliding_window_pattern={pattern} and layer_types in config.json contradict each other: take the former "
             "out, or change layer_types"
         )
-    entries.get("_sliding_window_pattern", POSITIVE_INT)  # transformers writes it, whatever the layers are
+    entries.get(
+        "_sliding_window_pattern", POSITIVE_INT
+    )  # transformers writes it, whatever the layers are
 
 
 def llama(entries: Entries, num_layers: int) -> list[str]:
@@ -100,7 +102,22 @@ def qwen(entries: Entries, num_layers: int) -> list[str]:
     return [FULL if i < first else SLIDING for i in range(num_layers)]
 
 
-def gemma2(entries: Entries, num_layers: int) -> list[str]:
+def all_slide(entries: Entries, num_layers: int) -> list[str]:
+    """All do, if there is a window."""
+    window = entries.get("sliding_window", POSITIVE_INT)
+    return [SLIDING if window else FULL] * num_layers
+
+
+def qwen_moe(entries: Entries, num_layers: int) -> list[str]:
+    """max_window_layers, which real files have, says nothing here."""
+    entries.get("max_window_layers", COUNT)
+    if not entries.get("use_sliding_window", BOOL):
+        return [FULL] * num_layers
+    return all_slide(entries, num_layers)
+
+
+def every_second(entries: Entries, num_layers: int) -> list[str]:
+    """The first slides."""
     return every_nth_is_full(2, num_layers)
 
 

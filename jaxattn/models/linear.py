@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxattn.checks import FLOAT_DTYPES
+
 
 class Linear(NamedTuple):
     """`x @ weight.T + bias`."""
@@ -47,12 +49,14 @@ class Source:
       build: from the stored arrays, NumPy's and in this order, to the weight: a transpose, a part, a dequantisation.
       built_shape: of what build returns, where that is not the stack's.
       dtype: of the weight; None: that of the model.
+      stored: dtypes that the tensors may have.
     """
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     build: Callable[..., np.ndarray] | None = None
     built_shape: tuple[int, ...] | None = None
     dtype: str | None = None
+    stored: tuple[str, ...] = FLOAT_DTYPES
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -105,11 +105,7 @@ def longrope_frequencies(
     Raises:
       ValueError: there are not rotary_dim / 2 factors.
     """
-    for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
-        if len(factors) != rotary_dim // 2:
-            raise ValueError(
-                f"{name} must have rotary_dim / 2 = {rotary_dim // 2} numbers; got {len(factors)}"
-            )
+    check_longrope_factors(rotary_dim, short_factor, long_factor)
     divisors = long_factor if max_context > original_max_position_embeddings else short_factor
     exponents = np.arange(0, rotary_dim, 2) / rotary_dim
     frequencies = 1 / (np.asarray(divisors, np.float64) * rope_theta**exponents)
@@ -117,3 +113,14 @@ def longrope_frequencies(
         stretched = math.log(max(factor, 1.0))
         attention_factor = math.sqrt(1 + stretched / math.log(original_max_position_embeddings))
     return frequencies.astype(np.float32), float(attention_factor)
+
+
+def check_longrope_factors(
+    rotary_dim: int, short_factor: Sequence[float], long_factor: Sequence[float]
+) -> None:
+    """Raises ValueError unless there are rotary_dim / 2 of each."""
+    for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
+        if len(factors) != rotary_dim // 2:
+            raise ValueError(
+                f"{name} must have rotary_dim / 2 = {rotary_dim // 2} numbers; got {len(factors)}"
+            )

@@ -59,6 +59,8 @@ def sources(config: DecoderConfig) -> Params:
         prefix = f"model.layers.{i}."
         attention = prefix + "self_attn."
         qkv = {"q_proj": q_out, "k_proj": kv_out, "v_proj": kv_out}
+        if config.fused_qkv:
+            qkv = {"qkv_proj": q_out + 2 * kv_out}
         before, after = "post_attention_layernorm", None
         if config.norm_after:
             before, after = "pre_feedforward_layernorm", "post_attention_layernorm"
@@ -181,7 +183,7 @@ def load(
     wanted, tree = jax.tree.flatten(sources(config))
     weights: list[Array] = []
     for source in wanted:
-        parts = [checkpoint.read(name, shape) for name, shape in source.tensors]
+        parts = [checkpoint.read(name, shape, source.stored) for name, shape in source.tensors]
         # The embedding is the tree's first leaf, so `dtype` holds from the first weight on.
         dtype = parts[0].dtype if dtype is None else dtype
         weights.append(jnp.asarray(source.weight(parts, dtype)))
