@@ -167,6 +167,15 @@ class Loop(Case):
     num_kv_heads: int = 8
     head_dim: int = 128
     qk_norm: bool = False
+    window: int | None = None  # keys that a token sees, in all layers but every `full_every`-th
+    full_every: int = 1
+    gemma: bool = False  # norms before and after, of 1 + w; gelu; an embedding that is scaled, and the head as well
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer."""
+        layers = range(1, self.num_layers + 1)
+        return tuple(self.window if i % self.full_every else None for i in layers)
 
 
 def _decode(name: str, batch: int, kv_len: int, page_size: int | None, **shape) -> Attention:
@@ -351,6 +360,11 @@ def _full() -> list[Case]:
         "llama3_8b": dict(num_layers=NUM_LAYERS, intermediate=14336, vocab=128256),
         "qwen3_8b": dict(num_layers=36, intermediate=12288, vocab=151936, qk_norm=True),
     }
+    # Of 62 layers as many as leave room for two copies of the cache on a GPU of 80 GB, whole rounds of five and one.
+    models["gemma3_27b_30l"] = dict(
+        num_layers=30, hidden=5376, intermediate=21504, vocab=262208, num_kv_heads=16, qk_norm=True,
+        window=1024, full_every=6, gemma=True,
+    )  # fmt: skip
     for name, model in models.items():
         cases.append(
             Loop(
@@ -359,8 +373,7 @@ def _full() -> list[Case]:
                 batch=32,
                 kv_len=4096,
                 steps=32,  # as `generate` takes at once
-                hidden=4096,
-                **model,
+                **dict(hidden=4096) | model,
             )
         )
 
@@ -432,6 +445,9 @@ def _smoke() -> list[Case]:
             intermediate=64,
             vocab=64,
             qk_norm=True,
+            window=20,
+            full_every=2,
+            gemma=True,
             **heads,
         ),
     ]

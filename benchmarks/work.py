@@ -117,12 +117,14 @@ def work(case: Case) -> Work:
             q, kv = case.num_qo_heads * case.head_dim, case.num_kv_heads * case.head_dim
             matrices = case.hidden * (2 * q + 2 * kv + 3 * case.intermediate)
             weights = case.num_layers * matrices + case.vocab * case.hidden
-            # On average over the steps; the first sees kv_len keys and its own.
-            keys = case.batch * (case.kv_len + (case.steps + 1) / 2)
-            cached = case.num_layers * (keys + case.batch) * 2 * kv
+            # On average over the steps; the first sees kv_len keys and its own, or a window of them.
+            lengths = range(case.kv_len + 1, case.kv_len + case.steps + 1)
+            seen = sum(min(n, window or n) for window in case.windows for n in lengths) / case.steps
+            keys = case.batch * seen  # of all layers
+            cached = (keys + case.num_layers * case.batch) * 2 * kv
             return Work(
                 round((weights + cached) * size),
-                round(2 * case.batch * weights + case.num_layers * 4 * q * keys),
+                round(2 * case.batch * weights + 4 * q * keys),
                 "a step (bytes: weights + k + v, read and appended; flops: 2 per weight and request, "
                 "4 d h per pair)",
             )

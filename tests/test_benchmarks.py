@@ -134,6 +134,11 @@ def test_work_of_a_decode_loop():
     done = work(case("decode_loop", "llama3_8b_b32_4k"))
     assert done.bytes == 2 * weights + 32 * (keys + 32) * 2 * 1024 * 2
     assert done.flops == 2 * 32 * weights + 32 * 4 * 4096 * keys
+    # Gemma 3: of 30 layers 25 see 1024 keys, and every step all of these.
+    gemma = work(case("decode_loop", "gemma3_27b_30l_b32_4k"))
+    weights = 30 * 5376 * (2 * 4096 + 2 * 2048 + 3 * 21504) + 262208 * 5376
+    keys = 5 * keys + 25 * 32 * 1024
+    assert gemma.bytes == 2 * weights + (keys + 30 * 32) * 2 * 2048 * 2
 
 
 def test_floor_is_the_larger_of_two_times():
