@@ -169,6 +169,10 @@ class Loop(Case):
     qk_norm: bool = False
     window: int | None = None  # keys that a token sees, in all layers but every `full_every`-th
     full_every: int = 1
+    experts: int = (
+        0  # gpt-oss's feed-forward, sinks and biases, with so many experts of `intermediate`
+    )
+    experts_per_token: int = 0
     gemma: bool = False  # norms before and after, of 1 + w; gelu; an embedding that is scaled, and the head as well
 
     @property
@@ -365,6 +369,10 @@ def _full() -> list[Case]:
         num_layers=30, hidden=5376, intermediate=21504, vocab=262208, num_kv_heads=16, qk_norm=True,
         window=1024, full_every=6, gemma=True,
     )  # fmt: skip
+    models["gpt_oss_20b"] = dict(
+        num_layers=24, hidden=2880, intermediate=2880, vocab=201088, num_qo_heads=64, head_dim=64,
+        window=128, full_every=2, experts=32, experts_per_token=4,
+    )  # fmt: skip
     for name, model in models.items():
         cases.append(
             Loop(
@@ -448,6 +456,20 @@ def _smoke() -> list[Case]:
             window=20,
             full_every=2,
             gemma=True,
+            **heads,
+        ),
+        Loop(
+            op="decode_loop",
+            name="experts_b2_9",
+            batch=2,
+            kv_len=9,
+            steps=2,
+            num_layers=2,
+            hidden=64,
+            intermediate=32,
+            vocab=64,
+            experts=6,
+            experts_per_token=2,
             **heads,
         ),
     ]

@@ -31,10 +31,12 @@ from benchmarks.cases import (
 from jaxattn.kv_scales import largest, own_scale, stored
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import Caches
-from jaxattn.models.feed_forward import Gated
+from jaxattn.models.feed_forward import FeedForward, Gated
 from jaxattn.models.layer_spec import LayerSpec
 from jaxattn.models.linear import Source
+from jaxattn.models.moe import ClampedSwiglu
 from jaxattn.models.rope_scaling import RopeConfig
+from jaxattn.models.stored_experts import GptOssExperts
 from jaxattn.models.weights import Params, sources
 from jaxattn.page_rings import pages_of
 
@@ -109,7 +111,9 @@ class RopeInputs:
 class LoopInputs:
     params: Params
     caches: Caches
-    block_tables: tuple[Array, ...]  # int32 [b, w] for each window of the model, with room for all steps
+    block_tables: tuple[
+        Array, ...
+    ]  # int32 [b, w] for each window of the model, with room for all steps
     token: Array  # int32 [b], each request's next
 
 
@@ -214,7 +218,13 @@ def make_inputs(case: Case) -> Any:
 
 def loop_config(case: Loop) -> DecoderConfig:
     """The model of a decode loop."""
-    mlp = Gated(case.intermediate, "gelu_pytorch_tanh" if case.gemma else "silu")
+    feed_forward: FeedForward = Gated(
+        case.intermediate, "gelu_pytorch_tanh" if case.gemma else "silu"
+    )
+    if case.experts:
+        feed_forward = GptOssExperts(
+            case.experts, case.experts_per_token, case.intermediate, activation=ClampedSwiglu()
+        )
     return DecoderConfig(
         vocab_size=case.vocab,
         hidden_size=case.hidden,
@@ -223,8 +233,13 @@ def loop_config(case: Loop) -> DecoderConfig:
         head_dim=case.head_dim,
         rms_norm_eps=EPS,
         max_position_embeddings=case.kv_len + case.steps,
-        layers=tuple(LayerSpec(mlp, RopeConfig(ROPE_THETA), window) for window in case.windows),
+        layers=tuple(
+            LayerSpec(feed_forward, RopeConfig(ROPE_THETA), window) for window in case.windows
+        ),
         tie_word_embeddings=case.gemma,
+        qkv_bias=bool(case.experts),
+        o_bias=bool(case.experts),
+        sinks=bool(case.experts),
         qk_norm=case.qk_norm,
         norm_after=case.gemma,
         unit_offset=case.gemma,
@@ -259,6 +274,11 @@ def _loop_inputs(case: Loop, seed: int, rng: np.random.Generator) -> LoopInputs:
             return jnp.ones(shape, dtype)
         # One that is scaled by sqrt(hidden), or is the head too, has rows of length one.
         scale = 1.0 if "embed" in name and not case.gemma else shape[-1] ** -0.5
+        if ".experts." in name:
+            # Of experts that a router finds nearly alike, rounding chooses; what comes out must not hang on it. Each
+            # has a copy of its own, and is read as if it were another.
+            one = _normal(next(seeds), scale, shape=shape[1:], dtype=dtype)
+            return jnp.repeat(one[None], shape[0], axis=0)
         return _normal(next(seeds), scale, shape=shape, dtype=dtype)
 
     config = loop_config(case)
