@@ -450,12 +450,14 @@ def rope_append_paged_kv_cache(
     return q.astype(dtype), cache
 
 
-def grouped_matmul(x: Array, weights: Array, group_sizes: Array) -> Array:
-    """`x[i] @ weights[g].T` in float32 for the rows i of group g; zeros past the groups."""
-    return jax.lax.ragged_dot(
-        x,
+def grouped_matmul(x: Array, weights: Array, order: Array, ends: Array) -> Array:
+    """`x[i / repeat] @ weights[g].T` in float32 for the rows i of group g; zeros for those that are in none."""
+    m = order.shape[0]
+    rows = jax.lax.ragged_dot(
+        x[order // max(m // max(x.shape[0], 1), 1)],
         jnp.swapaxes(weights, 1, 2),
-        group_sizes,
+        jnp.diff(ends, prepend=0),
         precision="highest" if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
+    return jnp.zeros_like(rows).at[order].set(rows)

@@ -3,10 +3,10 @@
     chosen = the k experts of the largest router(x);  p = softmax(router(x)), over all experts or over the chosen
     y = sum over chosen e of p[e] * down_proj[e](gated(gate_up_proj[e](x)))
 
-(Shazeer et al. 2017, "Outrageously large neural networks"). Tokens are sorted by expert, so that each expert's are one
-group of rows, and `grouped_matmul` reads the experts that have any.
+(Shazeer et al. 2017, "Outrageously large neural networks"). A token is k rows, the rows of an expert are a group, and
+`grouped_matmul` reads the experts that have any.
 
-Axes: t tokens, k experts of a token, e experts, m = t * k rows.
+Axes: t tokens, k experts of a token, e experts.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxattn.grouped_matmul import grouped_matmul
+from jaxattn.grouped_matmul import Groups, grouped_matmul
 from jaxattn.models.feed_forward import ACTIVATIONS
 from jaxattn.models.linear import Linear, matmul
 
@@ -82,23 +82,20 @@ class MixtureOfExperts:
         """[t, hidden] -> [t, hidden]; of rows that are no token, no expert is read and the result is 0."""
         t, k = x.shape[0], self.experts_per_token
         routing = self.route(x, weights.router)
-        # Expert e has nothing to read: rows that are no token come last, past all groups.
+        # Rows that are no token go to none of the experts.
         expert = jnp.where(is_token[:, None], routing.experts, self.num_experts).reshape(t * k)
-        order = jnp.argsort(expert)
-        expert, token = expert[order], (order // k).astype(jnp.int32)
-        every = jnp.arange(self.num_experts, dtype=jnp.int32)
-        group_sizes = jnp.sum(expert[:, None] == every[None, :], axis=0, dtype=jnp.int32)
+        groups = Groups.of(expert, self.num_experts)
 
         def linear(x: Array, linear: Linear) -> Array:
-            y = grouped_matmul(x, linear.weight, group_sizes, backend=backend)
+            """[t, in] or [t * k, in] -> [t * k, out]: row i * k + j is token i's, through its expert j."""
+            y = grouped_matmul(x, linear.weight, groups, backend=backend)
             if linear.bias is None:
                 return y
             return y + linear.bias.at[expert].get(mode="clip").astype(jnp.float32)
 
-        gate, up = jnp.split(linear(x[token], weights.gate_up_proj), 2, axis=1)
+        gate, up = jnp.split(linear(x, weights.gate_up_proj), 2, axis=1)
         rows = linear(self._gated(gate, up).astype(x.dtype), weights.down_proj)
-        own = rows[jnp.argsort(order)].reshape(t, k, -1)  # in the tokens' own order
-        y = jnp.sum(own * routing.weights[:, :, None], axis=1)
+        y = jnp.sum(rows.reshape(t, k, -1) * routing.weights[:, :, None], axis=1)
         return jnp.where(is_token[:, None], y, 0).astype(x.dtype)
 
     def route(self, x: Array, router: Linear) -> Routing:
