@@ -109,7 +109,9 @@ class RopeInputs:
 class LoopInputs:
     params: Params
     caches: Caches
-    block_tables: tuple[Array, ...]  # int32 [b, w] for each window of the model, with room for all steps
+    block_tables: tuple[
+        Array, ...
+    ]  # int32 [b, w] for each window of the model, with room for all steps
     token: Array  # int32 [b], each request's next
 
 

@@ -52,7 +52,9 @@ class Sampling:
 class Requests(NamedTuple):
     """What stays the same while b requests run; one that is there to fill the batch has no prompt and no limit."""
 
-    block_tables: tuple[Array, ...]  # int32 [b, w], the pages of each, for each of the model's windows
+    block_tables: tuple[
+        Array, ...
+    ]  # int32 [b, w], the pages of each, for each of the model's windows
     prompt_len: Array  # int32 [b]
     limit: Array  # int32 [b], tokens to generate at most
     eos: Array  # int32 [any], the tokens that end a request; -1 for none

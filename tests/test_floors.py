@@ -48,7 +48,7 @@ FLOORS = [
     ["flashinfer.multi_level_cascade", "flashinfer.single"],
     ["flashinfer.__init__"],
     ["models.checkpoint", "models.entries", "models.known_entries", "models.linear"],
-    ["models.feed_forward", "models.layer_types", "models.rope_scaling"],
+    ["models.feed_forward", "models.layer_types", "models.multimodal", "models.rope_scaling"],
     ["models.layer_spec"],
     ["models.families"],
     ["models.config"],

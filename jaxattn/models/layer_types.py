@@ -62,7 +62,9 @@ def _check_given(entries: Entries, kinds: list[str], num_layers: int) -> None:
             f"sliding_window_pattern={pattern} and layer_types in config.json contradict each other: take the former "
             "out, or change layer_types"
         )
-    entries.get("_sliding_window_pattern", POSITIVE_INT)  # transformers writes it, whatever the layers are
+    entries.get(
+        "_sliding_window_pattern", POSITIVE_INT
+    )  # transformers writes it, whatever the layers are
 
 
 def llama(entries: Entries, num_layers: int) -> list[str]:
