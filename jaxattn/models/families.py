@@ -225,7 +225,7 @@ def _held(tensors: Tensors, *projections: str) -> bool:
 
 
 def _biases(entries: Entries, family: Family, tensors: Tensors) -> dict[str, bool]:
-    """Which of attention's projections have biases: those that the entries or the family ask for, else those in the file.
+    """Which of attention's projections have biases: those the entries or the family ask for, else those in the file.
 
     An entry that rules them out is obeyed; `load` then refuses a file that holds them.
     """
