@@ -248,7 +248,7 @@ def loop_config(case: Loop) -> DecoderConfig:
 
 
 def loop_pages(case: Loop, window: int | None) -> int:
-    """Pages of each request in the layers of a window: of its past, and of all steps at once, as the oracle takes them."""
+    """Pages of each request in the layers of a window: its past and all steps at once, as the oracle takes them."""
     return pages_of(case.kv_len + case.steps, case.page_size, window, case.steps)
 
 

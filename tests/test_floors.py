@@ -49,7 +49,7 @@ FLOORS = [
     ["flashinfer.__init__"],
     ["models.checkpoint", "models.entries", "models.known_entries", "models.linear"],
     ["models.mxfp4", "models.stretched_rope"],
-    ["models.feed_forward", "models.layer_types", "models.rope_scaling"],
+    ["models.feed_forward", "models.layer_types", "models.multimodal", "models.rope_scaling"],
     ["models.layer_spec", "models.moe"],
     ["models.stored_experts"],
     ["models.families"],

@@ -14,7 +14,8 @@ from tiny import CONFIG
 
 import jaxattn as ja
 from benchmarks import compile_report as cr
-from jaxattn.models import llama
+from jaxattn.models import decoder
+from jaxattn.models.weights import sources
 
 bf16, i32 = jnp.bfloat16, jnp.int32
 T, D, PAGES, PAGE_SIZE, BATCH = 256, 128, 64, 16, 4
@@ -129,17 +130,12 @@ def test_a_model_copies_no_cache(decode):
             plan = ja.plan_prefill(
                 indptr, page_table, page_size=PAGE_SIZE, num_qo_tokens=t, **heads
             )
-        batch = llama.Batch(tokens, positions, batch_indices, page_table, plan)
-        run = llama.decode_step if decode else llama.prefill
-        return run(params, config, batch, caches, cos_sin_cache)
+        batch = decoder.Batch(tokens, positions, batch_indices, (page_table,), (plan,))
+        run = decoder.decode_step if decode else decoder.prefill
+        return run(params, config, batch, caches, (cos_sin_cache,))
 
-    params = jax.tree.map(
-        lambda source: struct(
-            sum(shape[0] for _, shape in source.tensors), *source.tensors[0][1][1:]
-        ),
-        llama.sources(config),
-    )
-    caches = jax.eval_shape(lambda: llama.empty_caches(config, PAGES, PAGE_SIZE, bf16))
+    params = jax.tree.map(lambda source: struct(*source.shape), sources(config))
+    caches = jax.eval_shape(lambda: decoder.empty_caches(config, PAGES, PAGE_SIZE, bf16))
     tokens = [struct(t, dtype=i32)] * 3
     table = struct(256, 64, dtype=jnp.float32)
     text, memory = compile_for_h200(step, (5,), params, *tokens, PAGE_TABLE, caches, table)

@@ -66,7 +66,7 @@ class DecoderConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The windows of its layers, each once, the widest first. Layers of one window share a page table and a plan."""
+        """The windows of its layers, each once, the widest first. Layers of one share a page table and a plan."""
         distinct = {layer.window for layer in self.layers}
         return tuple(sorted(distinct, key=lambda w: (w is not None, -(w or 0))))
 

@@ -24,6 +24,7 @@ from jaxattn.models.feed_forward import ACTIVATIONS, FeedForward, Gated
 from jaxattn.models.known_entries import HARMLESS, NEUTRAL
 from jaxattn.models.layer_spec import LayerSpec
 from jaxattn.models.layer_types import FULL, SLIDING, LayerTypes, read_layer_types
+from jaxattn.models.multimodal import ARCHITECTURE, takes_images, text_config
 from jaxattn.models.rope_scaling import ALL_SCALINGS, Lengths, RopeConfig
 
 Tensors = Collection[str]  # names of a checkpoint's
@@ -137,7 +138,8 @@ _QWEN = _LLAMA | dict(
 _GEMMA = dict(
     hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
     num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256,
-    sliding_window=4096, tie_word_embeddings=True, eos_token_id=1,
+    hidden_activation="gelu_pytorch_tanh", sliding_window=4096, tie_word_embeddings=True,
+    eos_token_id=1,
 )  # fmt: skip
 
 FAMILIES = {  # by model_type
@@ -229,6 +231,8 @@ FAMILIES = {  # by model_type
 
 def read_fields(raw: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     """The fields of the `DecoderConfig` that a `config.json` describes; args and raises as its `from_hf`."""
+    if takes_images(raw):
+        raw = text_config(raw)
     family = _family(Entries(raw, "config.json"))
     entries = Entries({**family.defaults, **raw}, "config.json")
     for name in ("model_type", "architectures"):
@@ -272,7 +276,8 @@ def _family(entries: Entries) -> Family:
     by_name = {family.architecture: family for family in FAMILIES.values()}
     if len(named) > 1 or named[0] not in by_name:
         raise ValueError(
-            f"unknown architecture {', '.join(map(repr, named))}; supported: {', '.join(by_name)}"
+            f"unknown architecture {', '.join(map(repr, named))}; supported: "
+            f"{', '.join([*by_name, ARCHITECTURE])}"
         )
     if model_type is not None and expected != named[0]:
         raise ValueError(
@@ -298,7 +303,7 @@ def _held(tensors: Tensors, *projections: str) -> bool:
 
 
 def _biases(entries: Entries, family: Family, tensors: Tensors) -> dict[str, bool]:
-    """Which of attention's projections have biases: those that the entries or the family ask for, else those in the file.
+    """Which of attention's projections have biases: those the entries or the family ask for, else those in the file.
 
     An entry that rules them out is obeyed; `load` then refuses a file that holds them.
     """

@@ -24,6 +24,12 @@ def read_layer_types(
       NotImplementedError: another kind of attention.
     """
     window = entries.get("sliding_window", POSITIVE_INT)
+    earlier = entries.get("sliding_window_size", POSITIVE_INT, window)
+    if earlier != window:
+        raise ValueError(
+            "sliding_window and the older sliding_window_size in config.json must be the same; got "
+            f"{window} and {earlier}"
+        )
     kinds = entries.get("layer_types", TEXTS)
     if kinds is None:
         kinds = older(entries, num_layers)

@@ -163,9 +163,10 @@ def _is_mxfp4(entries: Entries, tensors: Collection[str]) -> bool:
 
 
 def _num_experts(entries: Entries) -> int:
-    """By either of transformers' names."""
+    """By either of transformers' names; its value where neither is there."""
     names = "num_experts", "num_local_experts"
     given = {name: n for name in names if (n := entries.get(name, POSITIVE_INT)) is not None}
+    given = given or {names[0]: 128}
     if len(set(given.values())) != 1:
         raise ValueError(
             f"config.json must have one number of experts, {' or '.join(names)}; got {given}"

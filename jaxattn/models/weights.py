@@ -15,6 +15,7 @@ from jaxattn.models.checkpoint import Checkpoint, read_json
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.entries import TOKEN_IDS, Entries, token_ids
 from jaxattn.models.linear import Linear, Source, stacked, tensor
+from jaxattn.models.multimodal import takes_images, text_name
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # in a checkpoint
 
@@ -109,7 +110,7 @@ def read_config(path: str | Path) -> DecoderConfig:
 def _open(path: str | Path) -> tuple[DecoderConfig, Checkpoint]:
     """A checkpoint and its config, which account for each other's tensors; none is read."""
     raw = read_json(path, "config.json")
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, text_name if takes_images(raw) else None)
     config = DecoderConfig.from_hf(raw, checkpoint.names)
     if (Path(path) / "generation_config.json").exists():
         generation = Entries(read_json(path, "generation_config.json"), "generation_config.json")
@@ -148,7 +149,7 @@ def load(
     """Reads a Hugging Face checkpoint (config.json and safetensors) onto JAX's default device.
 
     Every tensor of the checkpoint is used, or known to change nothing: the rotary frequencies, and a head that is tied
-    to the embedding and equal to it.
+    to the embedding and equal to it. Of a model that takes images too (Gemma 3), the text model is read.
 
     Args:
       path: a local folder.
