@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import paged_logits, random_prompts
 
-from jaxattn.generate import generate
+from jaxattn.generate import Sizes, generate
 from jaxattn.generator import Generator
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.weights import load
@@ -208,7 +208,7 @@ def test_longrope_beyond_the_original_context(tmp_path):
     for ours, tokens in zip(logits, requests, strict=True):
         np.testing.assert_allclose(ours, theirs(model, tokens), atol=1e-4, rtol=0)
 
-    generator = Generator(params, config)
+    generator = Generator(params, config, Sizes(num_pages=16, max_context=128))
     for new in (4, 64, 4):  # within the original context, beyond it, and within it again
         (tokens,) = generator.generate([requests[0][:33]], max_new_tokens=new).tokens
         logits = theirs(model, requests[0][:33] + tokens[:-1])

@@ -183,9 +183,9 @@ def test_rope_config_of_transformers_5_and_before(key):
             "quantization_config=.* is not built",
         ),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
             NotImplementedError,
-            "rope_type='yarn' is not built; supported: 'default', 'linear', 'llama3'",
+            "rope_type='dynamic' is not built; supported: 'default', 'linear', 'llama3', 'yarn', 'longrope'",
         ),
         ({"rope_scaling": {"type": "linear"}}, ValueError, "rope_scaling has no 'factor'"),
         (

@@ -119,3 +119,13 @@ def test_in_a_decode_loop():
 def test_no_more_experts_for_a_token_than_there_are():
     with pytest.raises(ValueError, match="self.experts_per_token=5, self.num_experts=4"):
         MixtureOfExperts(4, 5, INNER)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_under_an_explicit_mesh():
+    moe, _, _ = CASES["gpt-oss"]
+    weights, x = weights_of(moe, True), jnp.ones((3, HIDDEN)).at[1].set(-1)
+    want = run(moe, x, weights, jnp.ones(3, bool), "xla")
+    with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))):
+        ours = run(moe, x, weights, jnp.ones(3, bool), "xla")
+    np.testing.assert_array_equal(ours, want)

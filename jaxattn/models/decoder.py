@@ -78,7 +78,7 @@ def check_context(config: DecoderConfig, max_context: int) -> None:
 def rope_tables(
     config: DecoderConfig, max_context: int, *, longest: int | None = None
 ) -> tuple[Array, ...]:
-    """Cosines and sines of positions 0 .. max_context - 1, float32 [max_context, rotary_dim], for each of `config.ropes`.
+    """Cosines and sines by position, float32 [max_context, rotary_dim], for each of `config.ropes`.
 
     Args:
       config: from `load`.

@@ -5,10 +5,10 @@ rest is read once, for all. Entries of transformers 4 and 5 are both read.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxattn.models import layer_types, stored_experts
+from jaxattn.models import feed_forward_entries, layer_types
 from jaxattn.models.entries import (
     BOOL,
     OBJECT,
@@ -20,49 +20,12 @@ from jaxattn.models.entries import (
     Entries,
     token_ids,
 )
-from jaxattn.models.feed_forward import ACTIVATIONS, FeedForward, Gated
+from jaxattn.models.feed_forward_entries import FeedForwards, Tensors, holds_bias
 from jaxattn.models.known_entries import HARMLESS, NEUTRAL
 from jaxattn.models.layer_spec import LayerSpec
-from jaxattn.models.layer_types import FULL, SLIDING, LayerTypes, read_layer_types
+from jaxattn.models.layer_types import SLIDING, LayerTypes, read_layer_types
 from jaxattn.models.multimodal import ARCHITECTURE, takes_images, text_config
-from jaxattn.models.rope_scaling import ALL_SCALINGS, Lengths, RopeConfig
-
-Tensors = Collection[str]  # names of a checkpoint's
-
-
-def gated(entries: Entries, tensors: Tensors, num_layers: int) -> list[FeedForward]:
-    """The feed-forward of each layer."""
-    bias = entries.get("mlp_bias", BOOL, _held(tensors, "gate", "up", "down"))
-    inner = entries.need("intermediate_size", POSITIVE_INT)
-    return [Gated(inner, read_activation(entries), bias)] * num_layers
-
-
-def fused(entries: Entries, tensors: Tensors, num_layers: int) -> list[FeedForward]:
-    """Of a checkpoint that holds gate and up as one."""
-    inner = entries.need("intermediate_size", POSITIVE_INT)
-    return [Gated(inner, read_activation(entries), fused=True)] * num_layers
-
-
-def qwen3_moe(entries: Entries, tensors: Tensors, num_layers: int) -> list[FeedForward]:
-    dense = Gated(entries.need("intermediate_size", POSITIVE_INT), read_activation(entries))
-    return stored_experts.qwen3_moe(dense, entries, num_layers)
-
-
-def read_activation(entries: Entries) -> str:
-    """The activation of a feed-forward, by transformers' name."""
-    given = {
-        name: value
-        for name in ("hidden_activation", "hidden_act")
-        if (value := entries.get(name, TEXT))
-    }
-    if len(set(given.values())) > 1:
-        raise ValueError(f"hidden_activation and hidden_act must be the same; got {given}")
-    for name, value in given.items():
-        if value not in ACTIVATIONS:
-            supported = ", ".join(map(repr, ACTIVATIONS))
-            raise NotImplementedError(f"{name}={value!r} is not built; supported: {supported}")
-        return value
-    raise ValueError("config.json has no 'hidden_act', the activation of its feed-forward")
+from jaxattn.models.rope_entries import RopeRules, read_ropes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,23 +40,17 @@ class Family:
       fields: further fields of `DecoderConfig`.
       qkv_bias: whether q, k and v have biases where no entry says it.
       o_bias_too: whether attention_bias means o_proj's as well.
-      local_theta: base of the sliding layers' own rotary embedding, where they have one.
-      rope: settings of the rotary embedding where a file has none.
-      scalings: names that its scaling may have, and what `SCALINGS` calls them.
-      partial_rotary: whether a part of each head may turn.
+      ropes: what is its own of the rotary embedding.
     """
 
     architecture: str
     defaults: Mapping[str, Any]
     layer_types: LayerTypes
-    feed_forwards: Callable[[Entries, Tensors, int], list[FeedForward]] = gated
+    feed_forwards: FeedForwards = feed_forward_entries.gated
     fields: Callable[[Entries], dict[str, Any]] = lambda entries: {}
     qkv_bias: bool = False
     o_bias_too: bool = False
-    local_theta: float | None = None
-    rope: Mapping[str, Any] | None = None
-    scalings: Mapping[str, str] = dataclasses.field(default_factory=lambda: ALL_SCALINGS)
-    partial_rotary: bool = False
+    ropes: RopeRules = RopeRules()
 
 
 def _qwen3(entries: Entries) -> dict[str, Any]:
@@ -141,6 +98,10 @@ _GEMMA = dict(
     hidden_activation="gelu_pytorch_tanh", sliding_window=4096, tie_word_embeddings=True,
     eos_token_id=1,
 )  # fmt: skip
+_GPT_OSS_YARN = dict(
+    rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+    original_max_position_embeddings=4096,
+)  # fmt: skip
 
 FAMILIES = {  # by model_type
     "llama": Family(
@@ -172,7 +133,7 @@ FAMILIES = {  # by model_type
         | dict(sliding_window=4096, moe_intermediate_size=768, num_experts_per_tok=8)
         | dict(decoder_sparse_step=1),
         layer_types.qwen_moe,
-        qwen3_moe,
+        feed_forward_entries.qwen3_moe,
         fields=_qwen3,
         o_bias_too=True,
     ),
@@ -184,17 +145,10 @@ FAMILIES = {  # by model_type
         | dict(max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1.5e5)
         | dict(attention_bias=True, num_experts_per_tok=4, swiglu_alpha=1.702, swiglu_limit=7.0),
         layer_types.every_second,
-        stored_experts.gpt_oss,
+        feed_forward_entries.gpt_oss,
         fields=_gpt_oss,
         o_bias_too=True,
-        rope=dict(
-            rope_type="yarn",
-            factor=32.0,
-            beta_fast=32.0,
-            beta_slow=1.0,
-            truncate=False,
-            original_max_position_embeddings=4096,
-        ),
+        ropes=RopeRules(default=_GPT_OSS_YARN),
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
@@ -203,11 +157,14 @@ FAMILIES = {  # by model_type
         | dict(num_attention_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096)
         | dict(original_max_position_embeddings=4096, eos_token_id=32000),
         layer_types.all_slide,
-        fused,
+        feed_forward_entries.fused,
         fields=_phi3,
         # The older names of one thing, "yarn" among them.
-        scalings=dict(default="default", longrope="longrope", su="longrope", yarn="longrope"),
-        partial_rotary=True,
+        ropes=RopeRules(
+            scalings=dict(default="default", longrope="longrope", su="longrope", yarn="longrope"),
+            partial=True,
+            original_apart=True,
+        ),
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -224,7 +181,7 @@ FAMILIES = {  # by model_type
         layer_types.gemma3,
         fields=_gemma3,
         o_bias_too=True,
-        local_theta=1e4,
+        ropes=RopeRules(local_theta=1e4),
     ),
 }
 
@@ -242,10 +199,7 @@ def read_fields(raw: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     heads = entries.need("num_attention_heads", POSITIVE_INT)
     head_dim = entries.get("head_dim", POSITIVE_INT) or _head_dim(hidden, heads)
     kinds, window = read_layer_types(entries, num_layers, family.layer_types)
-    lengths = Lengths(
-        entries.need("max_position_embeddings", POSITIVE_INT), _original_length(entries, family)
-    )
-    ropes = _ropes(entries, family, kinds, lengths, head_dim)
+    ropes = read_ropes(entries, family.ropes, kinds, head_dim)
     feed_forwards = family.feed_forwards(entries, tensors, num_layers)
     fields = dict(
         vocab_size=entries.need("vocab_size", POSITIVE_INT),
@@ -254,7 +208,7 @@ def read_fields(raw: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         num_kv_heads=entries.get("num_key_value_heads", POSITIVE_INT, heads),
         head_dim=head_dim,
         rms_norm_eps=float(entries.need("rms_norm_eps", POSITIVE)),
-        max_position_embeddings=lengths.longest,
+        max_position_embeddings=entries.need("max_position_embeddings", POSITIVE_INT),
         layers=tuple(
             LayerSpec(feed_forward, ropes[kind], window if kind == SLIDING else None)
             for kind, feed_forward in zip(kinds, feed_forwards, strict=True)
@@ -296,12 +250,6 @@ def _head_dim(hidden_size: int, heads: int) -> int:
     return hidden_size // heads
 
 
-def _held(tensors: Tensors, *projections: str) -> bool:
-    """Whether the checkpoint has biases of some of these projections."""
-    ends = tuple(f".{name}_proj.bias" for name in projections)
-    return any(name.endswith(ends) for name in tensors)
-
-
 def _biases(entries: Entries, family: Family, tensors: Tensors) -> dict[str, bool]:
     """Which of attention's projections have biases: those the entries or the family ask for, else those in the file.
 
@@ -317,67 +265,8 @@ def _biases(entries: Entries, family: Family, tensors: Tensors) -> dict[str, boo
     if asked and not family.o_bias_too:
         asked_of_o = None
     return dict(
-        qkv_bias=(family.qkv_bias or _held(tensors, "q", "k", "v")) if asked is None else asked,
-        o_bias=_held(tensors, "o") if asked_of_o is None else asked_of_o,
+        qkv_bias=(family.qkv_bias or holds_bias(tensors, "q", "k", "v"))
+        if asked is None
+        else asked,
+        o_bias=holds_bias(tensors, "o") if asked_of_o is None else asked_of_o,
     )
-
-
-def _original_length(entries: Entries, family: Family) -> int | None:
-    """Of contexts, where a family's configs have it beside the settings of the rotary embedding."""
-    name = "original_max_position_embeddings"
-    return entries.get(name, POSITIVE_INT) if name in family.defaults else None
-
-
-def _ropes(
-    entries: Entries, family: Family, kinds: Collection[str], lengths: Lengths, head_dim: int
-) -> dict[str, RopeConfig]:
-    """The rotary embedding of each kind of layer: from `rope_parameters` (transformers 5), or the entries before."""
-    thetas = dict.fromkeys((FULL, SLIDING), entries.need("rope_theta", POSITIVE))
-    if family.local_theta is not None:
-        thetas[SLIDING] = entries.get("rope_local_base_freq", POSITIVE, family.local_theta)
-
-    def read(settings: Mapping[str, Any], where: str, kind: str) -> RopeConfig:
-        return RopeConfig.read(
-            Entries(settings, where),
-            thetas[kind],
-            lengths,
-            needs_type=where == "rope_scaling",
-            head_dim=head_dim,
-            part=part,
-            scalings=family.scalings,
-        )
-
-    part = entries.get("partial_rotary_factor", POSITIVE, 1.0) if family.partial_rotary else None
-    given = {
-        name: value
-        for name in ("rope_parameters", "rope_scaling")
-        if (value := entries.get(name, OBJECT))
-    }
-    if not given:
-        default = family.rope if entries.get("rope_parameters", OBJECT) is None else None
-        return {kind: read(default or {}, "rope_parameters", kind) for kind in thetas}
-    name, raw = next(iter(given.items()))
-    if any(other != raw for other in given.values()):
-        raise ValueError("rope_parameters and rope_scaling in config.json must not differ")
-
-    if not any(isinstance(value, Mapping) for value in raw.values()):
-        if family.local_theta is not None and name == "rope_parameters":
-            raise ValueError(
-                f"rope_parameters of a {family.architecture} must be settings of {FULL!r} and of {SLIDING!r}; "
-                f"got {dict(raw)}"
-            )
-        full = read(raw, name, FULL)
-        # A base of their own comes without the scaling.
-        own = family.local_theta is not None
-        return {FULL: full, SLIDING: read({}, "rope_parameters", SLIDING) if own else full}
-
-    # Settings for each kind of layer.
-    by_kind = Entries(raw, name)
-    settings = {kind: by_kind.get(kind, OBJECT) for kind in (FULL, SLIDING)}
-    by_kind.refuse_the_rest((), {})
-    for kind in sorted(set(kinds)):
-        if settings[kind] is None and family.local_theta is None:
-            raise ValueError(
-                f"{name} in config.json has no settings for {kind!r}, which some layers are"
-            )
-    return {kind: read(settings[kind] or {}, f"{name}.{kind}", kind) for kind in sorted(set(kinds))}

@@ -1,25 +1,13 @@
-"""Experts as the checkpoints of each family hold them, and as its configs describe them."""
+"""Experts as the checkpoints of each family hold them."""
 
 import dataclasses
-from collections.abc import Collection
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.checks import FLOAT_DTYPES
-from jaxattn.models.entries import (
-    BOOL,
-    COUNTS,
-    OBJECT,
-    POSITIVE,
-    POSITIVE_INT,
-    TEXT,
-    TEXTS,
-    Entries,
-)
-from jaxattn.models.feed_forward import FeedForward, Gated
 from jaxattn.models.linear import Linear, Source, tensor
-from jaxattn.models.moe import ClampedSwiglu, ExpertWeights, MixtureOfExperts
+from jaxattn.models.moe import ExpertWeights, MixtureOfExperts
 from jaxattn.models.mxfp4 import BLOCK, BYTES, dequantize
 
 
@@ -96,79 +84,3 @@ class GptOssExperts(MixtureOfExperts):
 def _gates_first(x: np.ndarray) -> np.ndarray:
     """[e, gate 0, up 0, gate 1 .., ...] -> [e, gates, ups, ...]."""
     return np.concatenate([x[:, 0::2], x[:, 1::2]], axis=1)
-
-
-def qwen3_moe(dense: Gated, entries: Entries, num_layers: int) -> list[FeedForward]:
-    """The feed-forward of each layer; `dense` that of those without experts."""
-    experts = Qwen3Experts(
-        _num_experts(entries),
-        entries.need("num_experts_per_tok", POSITIVE_INT),
-        entries.need("moe_intermediate_size", POSITIVE_INT),
-        entries.get("norm_topk_prob", BOOL, False),
-        dense.activation,
-    )
-    step = entries.need("decoder_sparse_step", POSITIVE_INT)
-    without = entries.get("mlp_only_layers", COUNTS, [])
-    return [dense if i in without or (i + 1) % step else experts for i in range(num_layers)]
-
-
-def gpt_oss(entries: Entries, tensors: Collection[str], num_layers: int) -> list[FeedForward]:
-    """The feed-forward of each layer.
-
-    Raises:
-      NotImplementedError: another activation, or weights of another format than MXFP4.
-      ValueError: MXFP4's blocks do not fit the sizes.
-    """
-    if (activation := entries.need("hidden_act", TEXT)) != "silu":
-        raise NotImplementedError(f"hidden_act={activation!r} is not built; supported: 'silu'")
-    alpha, limit = (float(entries.need(f"swiglu_{x}", POSITIVE)) for x in ("alpha", "limit"))
-    chosen = entries.need("num_experts_per_tok", POSITIVE_INT)
-    if (other := entries.get("experts_per_token", POSITIVE_INT, chosen)) != chosen:
-        raise ValueError(
-            "num_experts_per_tok and experts_per_token in config.json must be the same; got "
-            f"{chosen} and {other}"
-        )
-    entries.get("initial_context_length", POSITIVE_INT)  # the rotary embedding's settings have it
-    hidden, inner = (entries.need(f"{x}_size", POSITIVE_INT) for x in ("hidden", "intermediate"))
-    mxfp4 = _is_mxfp4(entries, tensors)
-    if mxfp4 and (hidden % BLOCK or inner % BLOCK):
-        raise ValueError(
-            f"hidden_size and intermediate_size must be multiples of {BLOCK} where weights are MXFP4; got {hidden} "
-            f"and {inner}"
-        )
-    activation = ClampedSwiglu(alpha, limit)
-    experts = GptOssExperts(
-        _num_experts(entries), chosen, inner, activation=activation, mxfp4=mxfp4
-    )
-    return [experts] * num_layers
-
-
-def _is_mxfp4(entries: Entries, tensors: Collection[str]) -> bool:
-    """Whether the experts' weights are MXFP4: the tensors' names say it, or, without any, quantization_config."""
-    given = entries.get("quantization_config", OBJECT)
-    if given is not None:
-        quantization = Entries(given, "quantization_config")
-        method = quantization.need("quant_method", TEXT)
-        if method != "mxfp4":
-            raise NotImplementedError(
-                f"quantization_config.quant_method={method!r} is not built; supported: 'mxfp4'"
-            )
-        # What is converted has tensors of other names, so these two say nothing more.
-        quantization.get("modules_to_not_convert", TEXTS)
-        quantization.get("dequantize", BOOL)
-        quantization.refuse_the_rest((), {})
-    if not tensors:
-        return given is not None
-    return any(name.endswith("_proj_blocks") for name in tensors)
-
-
-def _num_experts(entries: Entries) -> int:
-    """By either of transformers' names; its value where neither is there."""
-    names = "num_experts", "num_local_experts"
-    given = {name: n for name in names if (n := entries.get(name, POSITIVE_INT)) is not None}
-    given = given or {names[0]: 128}
-    if len(set(given.values())) != 1:
-        raise ValueError(
-            f"config.json must have one number of experts, {' or '.join(names)}; got {given}"
-        )
-    return next(iter(given.values()))
