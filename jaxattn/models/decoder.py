@@ -76,7 +76,10 @@ def check_context(config: DecoderConfig, max_context: int) -> None:
 
 
 def rope_tables(config: DecoderConfig, max_context: int) -> tuple[Array, ...]:
-    """Cosines and sines of positions 0 .. max_context - 1, for each of `config.ropes`: float32 [max_context, rotary_dim].
+    """Cosines and sines of positions 0 .. max_context - 1.
+
+    Returns:
+      float32 [max_context, rotary_dim] for each of `config.ropes`.
 
     Raises:
       ValueError: as `check_context`.
