@@ -161,8 +161,6 @@ def read_fields(raw: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         raw = text_config(raw)
     family = _family(Entries(raw, "config.json"))
     entries = Entries({**family.defaults, **raw}, "config.json")
-    for name in ("model_type", "architectures"):
-        entries.get(name, TEXT if name == "model_type" else TEXTS)
     hidden = entries.need("hidden_size", POSITIVE_INT)
     num_layers = entries.need("num_hidden_layers", POSITIVE_INT)
     heads = entries.need("num_attention_heads", POSITIVE_INT)
@@ -186,7 +184,7 @@ def read_fields(raw: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         **_biases(entries, family, tensors),
         **family.fields(entries),
     )
-    entries.refuse_the_rest(HARMLESS, NEUTRAL)
+    entries.refuse_the_rest(HARMLESS | {"model_type", "architectures"}, NEUTRAL)
     return fields
 
 
