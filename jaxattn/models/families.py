@@ -66,7 +66,8 @@ class Family:
       fields: further fields of `DecoderConfig`.
       qkv_bias: whether q, k and v have biases where no entry says it.
       o_bias_too: whether attention_bias means o_proj's as well.
-      local_theta: base of the sliding layers' own rotary embedding, where they have one.
+      theta: base of the rotary embedding, where no entry says it.
+      local_theta: that of the sliding layers, where they have one of their own.
     """
 
     architecture: str
@@ -76,6 +77,7 @@ class Family:
     fields: Callable[[Entries], dict[str, Any]] = lambda entries: {}
     qkv_bias: bool = False
     o_bias_too: bool = False
+    theta: float = 1e4
     local_theta: float | None = None
 
 
@@ -102,7 +104,7 @@ def _gemma3(entries: Entries) -> dict[str, Any]:
     return _gemma(entries) | dict(qk_norm=True)
 
 
-_LLAMA = dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False)
+_LLAMA = dict(hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False)
 _QWEN = _LLAMA | dict(
     max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, max_window_layers=28
 )
@@ -138,7 +140,7 @@ FAMILIES = {  # by model_type
     "gemma2": Family(
         "Gemma2ForCausalLM",
         _GEMMA
-        | dict(vocab_size=256000, max_position_embeddings=8192, rope_theta=1e4)
+        | dict(vocab_size=256000, max_position_embeddings=8192)
         | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
         layer_types.gemma2,
         fields=_gemma2,
@@ -146,10 +148,11 @@ FAMILIES = {  # by model_type
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _GEMMA | dict(vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6),
+        _GEMMA | dict(vocab_size=262208, max_position_embeddings=131072),
         layer_types.gemma3,
         fields=_gemma3,
         o_bias_too=True,
+        theta=1e6,
         local_theta=1e4,
     ),
 }
@@ -244,7 +247,7 @@ def _biases(entries: Entries, family: Family, tensors: Tensors) -> dict[str, boo
 
 def _ropes(entries: Entries, family: Family, kinds: Collection[str]) -> dict[str, RopeConfig]:
     """The rotary embedding of each kind of layer: from `rope_parameters` (transformers 5), or the entries before."""
-    thetas = dict.fromkeys((FULL, SLIDING), entries.need("rope_theta", POSITIVE))
+    thetas = dict.fromkeys((FULL, SLIDING), entries.get("rope_theta", POSITIVE, family.theta))
     if family.local_theta is not None:
         thetas[SLIDING] = entries.get("rope_local_base_freq", POSITIVE, family.local_theta)
     given = {
