@@ -22,6 +22,7 @@ from jaxattn.generator import Generation as Generation
 from jaxattn.generator import Generator as Generator
 from jaxattn.kv_scales import FP8_DTYPES
 from jaxattn.models.config import DecoderConfig
+from jaxattn.models.families import FAMILIES
 from jaxattn.models.weights import Params, load, read_config
 from jaxattn.steps import Requests as Requests
 from jaxattn.steps import Sampling as Sampling
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxattn.generate",
-        description="Continues prompts with a model of one of the families that `jaxattn.models` reads.",
+        description=f"Continues prompts with a model of type {', '.join(FAMILIES)}.",
     )
     add = parser.add_argument
     add("--model", required=True, help="folder with config.json and safetensors")

@@ -217,6 +217,7 @@ def test_norms_of_gemma_keep_what_16_bits_would_lose(tmp_path):
     assert params.embed_tokens.dtype == layer.qkv_proj.weight.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_gemma(tmp_path, capsys):
     """A checkpoint with windows, from its folder to text, beyond the window."""
     pytest.importorskip("safetensors")

@@ -132,6 +132,42 @@ def test_num_pages_are_those_of_the_widest_window():
         pages((LOCAL,) * 2, [200] * 9)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "how", [dict(), dict(piece=100), dict(decode=True)], ids=["prefill", "chunked", "decode"]
+)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_triton_bf16_logits_of_a_gemma_rival_xlas(how, head_dim):
+    """With all that Gemma 2 and 3 have: caps, windows, two rotary embeddings, norms before and after, a scale."""
+    mlp = Gated(1024, "gelu_pytorch_tanh")
+    config = dataclasses.replace(
+        MIXED,
+        hidden_size=512,
+        layers=(LayerSpec(mlp, RopeConfig(1e4), 64), LayerSpec(mlp, RopeConfig(1e6))) * 2,
+        head_dim=head_dim,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        qk_norm=True,
+        norm_after=True,
+        unit_offset=True,
+        sm_scale=0.05,
+        attention_soft_cap=50.0,
+        logits_soft_cap=30.0,
+        embedding_scale=512**0.5,
+    )
+    params = random_params(config, jnp.bfloat16)
+    requests = random_prompts([300, 1, 77])
+    exact = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
+    ours, plain, truth = (
+        paged_logits(weights, config, requests, page_size=16, backend=backend, **how)
+        for weights, backend in ((params, "triton"), (params, "xla"), (exact, "xla"))
+    )
+    for a, b, c in zip(ours, plain, truth, strict=True):
+        error, plain_error = np.abs(a - c).max(), np.abs(b - c).max()
+        assert error <= 2 * plain_error, f"{error=:.3g}, {plain_error=:.3g}"
+
+
+@pytest.mark.slow
 def test_a_batch_must_be_of_the_models_windows():
     one = jnp.zeros(1, jnp.int32)
     how = dict(page_size=4, qo_indptr=None)

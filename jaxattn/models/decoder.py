@@ -78,13 +78,16 @@ def check_context(config: DecoderConfig, max_context: int) -> None:
 def rope_tables(
     config: DecoderConfig, max_context: int, *, longest: int | None = None
 ) -> tuple[Array, ...]:
-    """Cosines and sines by position, float32 [max_context, rotary_dim], for each of `config.ropes`.
+    """Cosines and sines of positions 0 .. max_context - 1.
 
     Args:
       config: from `load`.
       max_context: positions.
       longest: tokens of the longest context that will use the tables; default max_context. LongRoPE has other
         frequencies for contexts beyond the length that its model began with, and keys in a cache keep theirs.
+
+    Returns:
+      float32 [max_context, rotary_dim] for each of `config.ropes`.
 
     Raises:
       ValueError: as `check_context`.

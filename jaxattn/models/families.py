@@ -88,7 +88,7 @@ def _gemma3(entries: Entries) -> dict[str, Any]:
     return _gemma(entries) | dict(qk_norm=True)
 
 
-_LLAMA = dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False)
+_LLAMA = dict(hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False)
 _QWEN = _LLAMA | dict(
     max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, max_window_layers=28
 )
@@ -142,13 +142,13 @@ FAMILIES = {  # by model_type
         _LLAMA
         | dict(hidden_size=2880, intermediate_size=2880, num_hidden_layers=36, vocab_size=201088)
         | dict(num_attention_heads=64, num_key_value_heads=8, head_dim=64, sliding_window=128)
-        | dict(max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1.5e5)
+        | dict(max_position_embeddings=131072, rms_norm_eps=1e-5)
         | dict(attention_bias=True, num_experts_per_tok=4, swiglu_alpha=1.702, swiglu_limit=7.0),
         layer_types.every_second,
         feed_forward_entries.gpt_oss,
         fields=_gpt_oss,
         o_bias_too=True,
-        ropes=RopeRules(default=_GPT_OSS_YARN),
+        ropes=RopeRules(theta=1.5e5, default=_GPT_OSS_YARN),
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
@@ -169,7 +169,7 @@ FAMILIES = {  # by model_type
     "gemma2": Family(
         "Gemma2ForCausalLM",
         _GEMMA
-        | dict(vocab_size=256000, max_position_embeddings=8192, rope_theta=1e4)
+        | dict(vocab_size=256000, max_position_embeddings=8192)
         | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
         layer_types.every_second,
         fields=_gemma2,
@@ -177,11 +177,11 @@ FAMILIES = {  # by model_type
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _GEMMA | dict(vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6),
+        _GEMMA | dict(vocab_size=262208, max_position_embeddings=131072),
         layer_types.gemma3,
         fields=_gemma3,
         o_bias_too=True,
-        ropes=RopeRules(local_theta=1e4),
+        ropes=RopeRules(theta=1e6, local_theta=1e4),
     ),
 }
 
@@ -192,8 +192,6 @@ def read_fields(raw: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         raw = text_config(raw)
     family = _family(Entries(raw, "config.json"))
     entries = Entries({**family.defaults, **raw}, "config.json")
-    for name in ("model_type", "architectures"):
-        entries.get(name, TEXT if name == "model_type" else TEXTS)
     hidden = entries.need("hidden_size", POSITIVE_INT)
     num_layers = entries.need("num_hidden_layers", POSITIVE_INT)
     heads = entries.need("num_attention_heads", POSITIVE_INT)
@@ -218,7 +216,7 @@ def read_fields(raw: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         **_biases(entries, family, tensors),
         **family.fields(entries),
     )
-    entries.refuse_the_rest(HARMLESS, NEUTRAL)
+    entries.refuse_the_rest(HARMLESS | {"model_type", "architectures"}, NEUTRAL)
     return fields
 
 

@@ -1,7 +1,6 @@
 """The names of `jaxattn.models.decoder` and its neighbours as they were when it served Llama-like models alone."""
 
-from jaxattn.models.config import DecoderConfig as DecoderConfig
-from jaxattn.models.config import DecoderConfig as LlamaConfig
+from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import Batch as Batch
 from jaxattn.models.decoder import Caches as Caches
 from jaxattn.models.decoder import check_context as check_context
@@ -10,7 +9,7 @@ from jaxattn.models.decoder import empty_caches as empty_caches
 from jaxattn.models.decoder import forward as forward
 from jaxattn.models.decoder import make_batch as make_batch
 from jaxattn.models.decoder import prefill as prefill
-from jaxattn.models.decoder import rope_tables as rope_table
+from jaxattn.models.decoder import rope_tables
 from jaxattn.models.layer_spec import LayerSpec as LayerSpec
 from jaxattn.models.linear import Linear as Linear
 from jaxattn.models.linear import Source as Source
@@ -21,4 +20,5 @@ from jaxattn.models.weights import load as load
 from jaxattn.models.weights import read_config as read_config
 from jaxattn.models.weights import sources as sources
 
-__all__ = ["LlamaConfig", "rope_table"]
+LlamaConfig = DecoderConfig
+rope_table = rope_tables

@@ -18,13 +18,15 @@ class RopeRules:
     """What a family has of its own.
 
     Attributes:
-      local_theta: base of the sliding layers' own rotary embedding, where they have one.
+      theta: base, where no entry says it.
+      local_theta: that of the sliding layers, where they have one of their own.
       default: settings where a file has none; None: no scaling.
       scalings: names that a scaling may have, and what `SCALINGS` calls them.
       partial: whether a part of each head may turn.
       original_apart: whether original_max_position_embeddings is an entry beside the settings.
     """
 
+    theta: float = 1e4
     local_theta: float | None = None
     default: Mapping[str, Any] | None = None
     scalings: Mapping[str, str] = dataclasses.field(default_factory=lambda: ALL_SCALINGS)
@@ -48,7 +50,7 @@ def read_ropes(
       NotImplementedError: a scaling, or another setting, that is not understood.
     """
     lengths = _lengths(entries, rules)
-    thetas = dict.fromkeys((FULL, SLIDING), entries.need("rope_theta", POSITIVE))
+    thetas = dict.fromkeys((FULL, SLIDING), entries.get("rope_theta", POSITIVE, rules.theta))
     if rules.local_theta is not None:
         thetas[SLIDING] = entries.get("rope_local_base_freq", POSITIVE, rules.local_theta)
 
