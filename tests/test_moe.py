@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_rivals
 
 from jaxattn.models.linear import Linear
 from jaxattn.models.moe import ClampedSwiglu, ExpertWeights, MixtureOfExperts
@@ -13,7 +14,7 @@ from jaxattn.models.moe import ClampedSwiglu, ExpertWeights, MixtureOfExperts
 HIDDEN, INNER = 24, 10
 
 
-def weights_of(moe, biases, dtype=jnp.float32):
+def weights_of(moe, biases, dtype=jnp.float32, hidden=HIDDEN):
     rng = np.random.default_rng(0)
 
     def linear(*shape):
@@ -22,7 +23,7 @@ def weights_of(moe, biases, dtype=jnp.float32):
         return Linear(*(None if a is None else jnp.asarray(a, dtype) for a in (weight, bias)))
 
     e, i = moe.num_experts, moe.intermediate_size
-    return ExpertWeights(linear(e, HIDDEN), linear(e, 2 * i, HIDDEN), linear(e, HIDDEN, i))
+    return ExpertWeights(linear(e, hidden), linear(e, 2 * i, hidden), linear(e, hidden, i))
 
 
 def token_by_token(moe, x, weights, scale_of):
@@ -119,6 +120,20 @@ def test_in_a_decode_loop():
 def test_no_more_experts_for_a_token_than_there_are():
     with pytest.raises(ValueError, match="self.experts_per_token=5, self.num_experts=4"):
         MixtureOfExperts(4, 5, INNER)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [1, 33, 700])
+def test_triton_bf16_rivals_xlas(t):
+    rng = np.random.default_rng(t)
+    moe = MixtureOfExperts(32, 4, 384, activation=ClampedSwiglu())
+    weights = weights_of(moe, True, jnp.bfloat16, hidden=512)
+    x = jnp.asarray(rng.standard_normal((t, 512)), jnp.bfloat16)
+    is_token = jnp.asarray(rng.random(t) < 0.9).at[0].set(True)
+    ours, plain = (run(moe, x, weights, is_token, backend) for backend in ("triton", "xla"))
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), (x, weights))
+    truth = run(moe, *exact, is_token, "xla")
+    assert_rivals(ours, truth, plain, jnp.bfloat16)
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
