@@ -15,6 +15,7 @@ from tiny import CONFIG
 import jaxattn as ja
 from benchmarks import compile_report as cr
 from jaxattn.models import decoder
+from jaxattn.models.stored_experts import GptOssExperts
 from jaxattn.models.weights import sources
 
 bf16, i32 = jnp.bfloat16, jnp.int32
@@ -118,8 +119,8 @@ def test_a_copy_would_be_seen():
 
 @pytest.mark.parametrize("decode", [True, False])
 def test_a_model_copies_no_cache(decode):
-    """One whose layers see different windows, with all that Gemma's have besides."""
-    full = CONFIG.layers[0]
+    """Nor experts. One whose layers see different windows, with all that Gemma's have besides."""
+    full = dataclasses.replace(CONFIG.layers[0], feed_forward=GptOssExperts(5, 2, 96))
     config = dataclasses.replace(
         CONFIG,
         layers=(dataclasses.replace(full, window=40), full),
@@ -157,7 +158,9 @@ def test_a_model_copies_no_cache(decode):
     buffers = jax.tree.leaves(caches)
     assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in buffers)
     assert text.count("jaxattn_rope_append_paged_kv_cache") >= config.num_layers
-    assert not {x.size for x in buffers} & set(copied(text))
+    experts = [x for x in jax.tree.leaves(params) if len(x.shape) == 3]
+    assert len(experts) == 4 and text.count("jaxattn_grouped_matmul") >= 4
+    assert not {x.size for x in buffers + experts} & set(copied(text))
 
 
 LAYERS = 3
