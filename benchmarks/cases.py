@@ -167,6 +167,19 @@ class Loop(Case):
     num_kv_heads: int = 8
     head_dim: int = 128
     qk_norm: bool = False
+    window: int | None = None  # keys that a token sees, in all layers but every `full_every`-th
+    full_every: int = 1
+    experts: int = (
+        0  # gpt-oss's feed-forward, sinks and biases, with so many experts of `intermediate`
+    )
+    experts_per_token: int = 0
+    gemma: bool = False  # norms before and after, of 1 + w; gelu; an embedding that is scaled, and the head as well
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer."""
+        layers = range(1, self.num_layers + 1)
+        return tuple(self.window if i % self.full_every else None for i in layers)
 
 
 def _decode(name: str, batch: int, kv_len: int, page_size: int | None, **shape) -> Attention:
@@ -351,6 +364,15 @@ def _full() -> list[Case]:
         "llama3_8b": dict(num_layers=NUM_LAYERS, intermediate=14336, vocab=128256),
         "qwen3_8b": dict(num_layers=36, intermediate=12288, vocab=151936, qk_norm=True),
     }
+    # Of 62 layers as many as leave room for two copies of the cache on a GPU of 80 GB, whole rounds of five and one.
+    models["gemma3_27b_30l"] = dict(
+        num_layers=30, hidden=5376, intermediate=21504, vocab=262208, num_kv_heads=16, qk_norm=True,
+        window=1024, full_every=6, gemma=True,
+    )  # fmt: skip
+    models["gpt_oss_20b"] = dict(
+        num_layers=24, hidden=2880, intermediate=2880, vocab=201088, num_qo_heads=64, head_dim=64,
+        window=128, full_every=2, experts=32, experts_per_token=4,
+    )  # fmt: skip
     for name, model in models.items():
         cases.append(
             Loop(
@@ -359,8 +381,7 @@ def _full() -> list[Case]:
                 batch=32,
                 kv_len=4096,
                 steps=32,  # as `generate` takes at once
-                hidden=4096,
-                **model,
+                **dict(hidden=4096) | model,
             )
         )
 
@@ -432,6 +453,23 @@ def _smoke() -> list[Case]:
             intermediate=64,
             vocab=64,
             qk_norm=True,
+            window=20,
+            full_every=2,
+            gemma=True,
+            **heads,
+        ),
+        Loop(
+            op="decode_loop",
+            name="experts_b2_9",
+            batch=2,
+            kv_len=9,
+            steps=2,
+            num_layers=2,
+            hidden=64,
+            intermediate=32,
+            vocab=64,
+            experts=6,
+            experts_per_token=2,
             **heads,
         ),
     ]

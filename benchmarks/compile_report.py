@@ -41,6 +41,7 @@ from jax.experimental import topologies
 
 import jaxattn as ja
 from benchmarks.sass import product_loops
+from jaxattn.grouped_matmul import Groups, grouped_matmul
 
 TARGETS = Path(__file__).parent / "targets"
 ARCHITECTURES = {"h200": "sm_90a", "a100": "sm_80"}
@@ -531,6 +532,12 @@ def _append(
     return ja.append_paged_kv_cache, (kv, kv, _struct(4096), _struct(4096), cache, table)
 
 
+def _grouped(tokens: int, repeat: int, groups: int, outs: int, size: int, dtype=jnp.bfloat16):
+    weights = _struct(groups, outs, size, dtype=dtype)
+    of_rows = Groups._make([_struct(tokens * repeat), _struct(groups)])
+    return grouped_matmul, (_struct(tokens, size, dtype=dtype), weights, of_rows)
+
+
 def _case(
     name: str,
     build: Callable[..., Any],
@@ -698,6 +705,12 @@ CASES = (
     _case("rope_append bf16 8/1 d128", _rope_append, 8, 1, 128),
     _case("append bf16 8 d128 p1", _append, 8, 128, 1, hot=True),
     _case("append bf16 8 d128 p16", _append, 8, 128, 16, hot=True),
+    # gpt-oss-20b's experts: decode of 32 tokens, a chunk of 512, prefill of 4096; Qwen3-30B-A3B's.
+    _case("grouped_matmul bf16 128x2880 e32", _grouped, 32, 4, 32, 5760, 2880, hot=True),
+    _case("grouped_matmul bf16 2048x2880 e32", _grouped, 512, 4, 32, 5760, 2880, hot=True),
+    _case("grouped_matmul bf16 16384x2880 e32", _grouped, 16384, 1, 32, 2880, 2880, hot=True),
+    _case("grouped_matmul bf16 256x768 e128", _grouped, 256, 1, 128, 2048, 768, hot=True),
+    _case("grouped_matmul fp32 2048x2880 e32", _grouped, 512, 4, 32, 5760, 2880, jnp.float32),
 )
 
 

@@ -29,7 +29,16 @@ from benchmarks.cases import (
     RopeAppend,
 )
 from jaxattn.kv_scales import largest, own_scale, stored
-from jaxattn.models import llama
+from jaxattn.models.config import DecoderConfig
+from jaxattn.models.decoder import Caches
+from jaxattn.models.feed_forward import FeedForward, Gated
+from jaxattn.models.layer_spec import LayerSpec
+from jaxattn.models.linear import Source
+from jaxattn.models.moe import ClampedSwiglu
+from jaxattn.models.rope_scaling import RopeConfig
+from jaxattn.models.stored_experts import GptOssExperts
+from jaxattn.models.weights import Params, sources
+from jaxattn.page_rings import pages_of
 
 ROPE_THETA = 5e5
 EPS = 1e-6
@@ -100,9 +109,11 @@ class RopeInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoopInputs:
-    params: llama.Params
-    caches: llama.Caches
-    block_table: Array  # int32 [b, w], with room for all steps
+    params: Params
+    caches: Caches
+    block_tables: tuple[
+        Array, ...
+    ]  # int32 [b, w] for each window of the model, with room for all steps
     token: Array  # int32 [b], each request's next
 
 
@@ -205,29 +216,51 @@ def make_inputs(case: Case) -> Any:
     raise TypeError(f"no inputs for {type(case).__name__}")
 
 
-def loop_config(case: Loop) -> llama.LlamaConfig:
+def loop_config(case: Loop) -> DecoderConfig:
     """The model of a decode loop."""
-    return llama.LlamaConfig(
+    feed_forward: FeedForward = Gated(
+        case.intermediate, "gelu_pytorch_tanh" if case.gemma else "silu"
+    )
+    if case.experts:
+        feed_forward = GptOssExperts(
+            case.experts, case.experts_per_token, case.intermediate, activation=ClampedSwiglu()
+        )
+    return DecoderConfig(
         vocab_size=case.vocab,
         hidden_size=case.hidden,
-        intermediate_size=case.intermediate,
-        num_layers=case.num_layers,
         num_qo_heads=case.num_qo_heads,
         num_kv_heads=case.num_kv_heads,
         head_dim=case.head_dim,
         rms_norm_eps=EPS,
         max_position_embeddings=case.kv_len + case.steps,
-        rope=llama.RopeConfig(ROPE_THETA),
+        layers=tuple(
+            LayerSpec(feed_forward, RopeConfig(ROPE_THETA), window) for window in case.windows
+        ),
+        tie_word_embeddings=case.gemma,
+        qkv_bias=bool(case.experts),
+        o_bias=bool(case.experts),
+        sinks=bool(case.experts),
         qk_norm=case.qk_norm,
+        norm_after=case.gemma,
+        unit_offset=case.gemma,
+        embedding_scale=case.hidden**0.5 if case.gemma else None,
     )
 
 
-def appended(caches: llama.Caches, block_table: Array, begin: int, count: int) -> list[Array]:
-    """K and V [b * count, kh, d] at positions begin .. begin + count - 1 of each request, in SHOWN_LAYERS."""
-    page_size = caches[0].page_size
-    position = jnp.arange(begin, begin + count, dtype=jnp.int32)
-    page, slot = block_table[:, position // page_size], position % page_size
-    rows = [a[page, slot[None, :]] for i in SHOWN_LAYERS for a in caches[i].arrays]
+def loop_pages(case: Loop, window: int | None) -> int:
+    """Pages of each request in the layers of a window: its past and all steps at once, as the oracle takes them."""
+    return pages_of(case.kv_len + case.steps, case.page_size, window, case.steps)
+
+
+def appended(case: Loop, caches: Caches, block_tables: Sequence[Array]) -> list[Array]:
+    """K and V [b * steps, kh, d] of each request's steps, in SHOWN_LAYERS."""
+    config = loop_config(case)
+    position = jnp.arange(case.kv_len, case.kv_len + case.steps, dtype=jnp.int32)
+    rows = []
+    for i in SHOWN_LAYERS:
+        block_table = block_tables[config.windows.index(config.layers[i].window)]
+        page, slot = block_table[:, position // case.page_size], position % case.page_size
+        rows += [a[page, slot[None, :]] for a in caches[i].arrays]
     return [a.reshape(-1, *a.shape[2:]) for a in rows]
 
 
@@ -235,28 +268,40 @@ def _loop_inputs(case: Loop, seed: int, rng: np.random.Generator) -> LoopInputs:
     """Random weights that keep activations of order one, and a random past."""
     seeds = itertools.count(seed)
 
-    def weight(source: llama.Source) -> Array:
-        (name, shape), *more = source.tensors
-        shape = (shape[0] + sum(s[0] for _, s in more), *shape[1:])
+    def weight(source: Source) -> Array:
+        name, shape, dtype = source.tensors[0][0], source.shape, source.dtype or case.dtype
         if name.endswith("norm.weight"):
-            return jnp.ones(shape, case.dtype)
-        scale = 1.0 if "embed" in name else shape[-1] ** -0.5
-        return _normal(next(seeds), scale, shape=shape, dtype=case.dtype)
+            return jnp.ones(shape, dtype)
+        # One that is scaled by sqrt(hidden), or is the head too, has rows of length one.
+        scale = 1.0 if "embed" in name and not case.gemma else shape[-1] ** -0.5
+        if ".experts." in name:
+            # Of experts that a router finds nearly alike, rounding chooses; what comes out must not hang on it. Each
+            # has a copy of its own, and is read as if it were another.
+            one = _normal(next(seeds), scale, shape=shape[1:], dtype=dtype)
+            return jnp.repeat(one[None], shape[0], axis=0)
+        return _normal(next(seeds), scale, shape=shape, dtype=dtype)
 
+    config = loop_config(case)
     width = -(-(case.kv_len + case.steps) // case.page_size)
-    num_pages = case.batch * width
-    shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    owned = {window: loop_pages(case, window) for window in config.windows}
+    ids = {window: rng.permutation(case.batch * n) for window, n in owned.items()}
+    page = (case.page_size, case.num_kv_heads, case.head_dim)
     # The mean of so many random values would be lost beside the residual stream, and a wrong one with it.
-    scales = (1.0, case.kv_len**0.5)
+    scales = {window: (1.0, min(case.kv_len, window or case.kv_len) ** 0.5) for window in owned}
     return LoopInputs(
-        jax.tree.map(weight, llama.sources(loop_config(case))),
+        jax.tree.map(weight, sources(config)),
         tuple(
             ja.PagedKVCache(
-                tuple(_normal(next(seeds), s, shape=shape, dtype=case.dtype) for s in scales)
+                tuple(
+                    _normal(next(seeds), scale, shape=(ids[w].size, *page), dtype=case.dtype)
+                    for scale in scales[w]
+                )
             )
-            for _ in range(case.num_layers)
+            for w in case.windows
         ),
-        _int32(rng.permutation(num_pages).reshape(case.batch, width)),
+        tuple(
+            _int32(ids[w].reshape(case.batch, n)[:, np.arange(width) % n]) for w, n in owned.items()
+        ),
         _int32(rng.integers(0, case.vocab, case.batch)),
     )
 

@@ -28,10 +28,12 @@ from benchmarks.inputs import (
     Pages,
     appended,
     loop_config,
+    loop_pages,
     written,
 )
 from jaxattn import reference
-from jaxattn.models import llama
+from jaxattn.models import decoder
+from jaxattn.models.weights import Params
 from jaxattn.spec import Score
 from jaxattn.work_list import WorkItem
 
@@ -138,8 +140,14 @@ def _step_oracle(case: Attention, inputs: AttentionInputs) -> Oracle:
 def _loop_oracle(case: Loop, x: LoopInputs) -> Oracle:
     """The tokens of a few requests, and the keys and values they appended, against one prefill of these tokens."""
     checked = _spread(case.batch, LOOP_REQUESTS)
-    pages = x.block_table[checked].reshape(-1)
-    caches = jax.tree.map(lambda a: a[pages], x.caches)
+    pages = {
+        window: table[checked, : loop_pages(case, window)].reshape(-1)
+        for window, table in zip(loop_config(case).windows, x.block_tables)
+    }
+    caches = tuple(
+        jax.tree.map(lambda a, own=pages[window]: a[own], cache)
+        for window, cache in zip(case.windows, x.caches)
+    )
 
     def error(outputs: Sequence[Array]) -> float:
         tokens, *rows = outputs
@@ -155,36 +163,42 @@ def _loop_oracle(case: Loop, x: LoopInputs) -> Oracle:
 
 @functools.partial(jax.jit, static_argnames="case", compiler_options=NO_SEARCH)
 def _replay(
-    params: llama.Params, caches: llama.Caches, tokens: Array, chosen: Array, case: Loop
+    params: Params, caches: decoder.Caches, tokens: Array, chosen: Array, case: Loop
 ) -> tuple[Array, list[Array]]:
     """Tokens [r, steps] through the model at once: (shortfall of the chosen ones, k and v appended in a few layers)."""
     requests, steps = tokens.shape
     config = loop_config(case)
     kv_len = jnp.full(requests, case.kv_len + steps, jnp.int32)
     qo_indptr = jnp.arange(requests + 1, dtype=jnp.int32) * steps
-    block_table = jnp.arange(caches[0].num_pages, dtype=jnp.int32).reshape(requests, -1)
-    table = ja.PageTable.from_block_table(block_table, kv_len, case.page_size)
+    width = jnp.arange(-(-(case.kv_len + steps) // case.page_size), dtype=jnp.int32)
+    first = jnp.arange(requests, dtype=jnp.int32)[:, None]
+    block_tables = [
+        first * n + width[None, :] % n
+        for n in (loop_pages(case, window) for window in config.windows)
+    ]
     owner, positions = ja.get_batch_indices_positions(qo_indptr, kv_len, tokens.size)
-    plan = ja.plan_prefill(
-        qo_indptr,
-        table,
+    batch = decoder.make_batch(
+        config,
+        tokens.reshape(-1),
+        positions,
+        owner,
+        block_tables,
+        kv_len,
         page_size=case.page_size,
-        num_qo_tokens=tokens.size,
-        num_qo_heads=case.num_qo_heads,
-        num_kv_heads=case.num_kv_heads,
+        qo_indptr=qo_indptr,
     )
-    logits, caches = llama.forward(
+    logits, caches = decoder.forward(
         params,
         config,
-        llama.Batch(tokens.reshape(-1), positions, owner, table, plan),
+        batch,
         caches,
-        llama.rope_table(config, case.kv_len + steps),
+        decoder.rope_tables(config, case.kv_len + steps),
         jnp.arange(tokens.size, dtype=jnp.int32),
         backend="xla",
     )
     best, taken = logits.max(axis=1), logits[jnp.arange(tokens.size), chosen.reshape(-1)]
     shortfall = ((best - taken) / jnp.abs(logits).max(axis=1)).max()
-    return shortfall, appended(caches, block_table, case.kv_len, steps)
+    return shortfall, appended(case, caches, block_tables)
 
 
 def _is_sound(case: Plan, pages: Pages, outputs: Sequence[Array]) -> bool:

@@ -115,15 +115,34 @@ def work(case: Case) -> Work:
             )
         case Loop():
             q, kv = case.num_qo_heads * case.head_dim, case.num_kv_heads * case.head_dim
-            matrices = case.hidden * (2 * q + 2 * kv + 3 * case.intermediate)
-            weights = case.num_layers * matrices + case.vocab * case.hidden
-            # On average over the steps; the first sees kv_len keys and its own.
-            keys = case.batch * (case.kv_len + (case.steps + 1) / 2)
-            cached = case.num_layers * (keys + case.batch) * 2 * kv
+            chosen, used = _feed_forwards(case)
+
+            def weights(feed_forwards: float) -> float:
+                inner = 3 * case.intermediate * feed_forwards + case.experts  # and a router
+                matrices = case.hidden * (2 * q + 2 * kv + inner)
+                return case.num_layers * matrices + case.vocab * case.hidden
+
+            # On average over the steps; the first sees kv_len keys and its own, or a window of them.
+            lengths = range(case.kv_len + 1, case.kv_len + case.steps + 1)
+            seen = sum(min(n, window or n) for window in case.windows for n in lengths) / case.steps
+            keys = case.batch * seen  # of all layers
+            cached = (keys + case.num_layers * case.batch) * 2 * kv
             return Work(
-                round((weights + cached) * size),
-                round(2 * case.batch * weights + case.num_layers * 4 * q * keys),
-                "a step (bytes: weights + k + v, read and appended; flops: 2 per weight and request, "
-                "4 d h per pair)",
+                round((weights(chosen) + cached) * size),
+                round(2 * case.batch * weights(used) + 4 * q * keys),
+                "a step (bytes: weights, of experts those that some request is expected to choose, + k + v, read and "
+                "appended; flops: 2 per weight and request, 4 d h per pair)",
             )
     raise TypeError(f"no work model for {type(case).__name__}")
+
+
+def _feed_forwards(case: Loop) -> tuple[float, float]:
+    """(feed-forwards of a layer that a step reads, those that a request goes through).
+
+    Where a router chooses k of e experts, each as likely as another and for each request by itself, an expert is read
+    unless no request chose it: e (1 - (1 - k / e)^b) of them on average.
+    """
+    if not case.experts:
+        return 1, 1
+    missed = (1 - case.experts_per_token / case.experts) ** case.batch
+    return case.experts * (1 - missed), case.experts_per_token

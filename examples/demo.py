@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.generate import generate
-from jaxattn.models import llama
+from jaxattn.models.config import DecoderConfig
+from jaxattn.models.rope_scaling import Llama3, RopeConfig
+from jaxattn.models.weights import Params, load, sources
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -59,7 +61,7 @@ def main(folder: Path) -> int:
     dtype = jnp.bfloat16 if device.platform == "gpu" else jnp.float32
     print(f"A random Llama in {folder}/, {dtype.__name__} on {device.device_kind}")
 
-    config, params = llama.load(folder, dtype)
+    config, params = load(folder, dtype)
     tokenizer = read_tokenizer(folder)
     prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
     run = functools.partial(
@@ -83,7 +85,7 @@ def main(folder: Path) -> int:
 
 
 def judge(
-    params: llama.Params, config: llama.LlamaConfig, prompt: list[int], new: list[int]
+    params: Params, config: DecoderConfig, prompt: list[int], new: list[int]
 ) -> tuple[int, float, float]:
     """Compares greedy tokens with what dense attention picks after the same tokens.
 
@@ -108,7 +110,7 @@ def judge(
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def dense_logits(
-    params: llama.Params, config: llama.LlamaConfig, tokens: jax.Array, dtype: jnp.dtype
+    params: Params, config: DecoderConfig, tokens: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
     """Logits float32 [t, vocab] of one request by a plain decoder that rounds to dtype."""
     t, d, kh = tokens.shape[0], config.head_dim, config.num_kv_heads
@@ -128,41 +130,40 @@ def dense_logits(
             dtype
         )
 
-    angle = jnp.arange(t, dtype=jnp.float32)[:, None] * frequencies(config)[None, :]
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
-
-    def rotate(x):
+    def rotate(x, rope):
+        angle = jnp.arange(t, dtype=jnp.float32)[:, None] * frequencies(rope, d)[None, :]
+        cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
         x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(dtype)
 
     x = params.embed_tokens[tokens]
-    for layer in params.layers:
+    for spec, layer in zip(config.layers, params.layers, strict=True):
         qkv = linear(norm(x, layer.input_norm), layer.qkv_proj).reshape(t, -1, d)
         q, k, v = jnp.split(qkv, (group * kh, group * kh + kh), axis=1)
         if layer.q_norm is not None:
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
-        q, k = rotate(q), jnp.repeat(rotate(k), group, axis=1)
+        q, k = rotate(q, spec.rope), jnp.repeat(rotate(k, spec.rope), group, axis=1)
         scores = matmul("thd,shd->hts", q, k).astype(jnp.float32) / math.sqrt(d)
         causal = jnp.tril(jnp.ones((t, t), bool))[None, :, :]
         p = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(dtype)
         o = matmul("hts,shd->thd", p, jnp.repeat(v, group, axis=1))
         x = x + linear(o.reshape(t, -1), layer.o_proj)
-        gate, up = jnp.split(linear(norm(x, layer.post_norm), layer.gate_up_proj), 2, axis=1)
-        x = x + linear(jax.nn.silu(gate) * up, layer.down_proj)
+        gate_up_proj, down_proj = layer.feed_forward
+        gate, up = jnp.split(linear(norm(x, layer.feed_forward_norm), gate_up_proj), 2, axis=1)
+        x = x + linear(jax.nn.silu(gate) * up, down_proj)
     head = params.embed_tokens if params.lm_head is None else params.lm_head
     return matmul("ti,oi->to", norm(x, params.norm), head).astype(jnp.float32)
 
 
-def frequencies(config: llama.LlamaConfig) -> jax.Array:
+def frequencies(rope: RopeConfig, d: int) -> jax.Array:
     """Rotary frequencies [d / 2], with Llama 3.1's scaling of the long wavelengths."""
-    rope, d = config.rope, config.head_dim
     freq = rope.rope_theta ** (-np.arange(0, d, 2, dtype=np.float64) / d)
-    if rope.old_context_len is None:
-        return jnp.asarray(freq / rope.rope_scale, jnp.float32)
-    turns = rope.old_context_len * freq / (2 * np.pi)
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return jnp.asarray(freq * (smooth + (1 - smooth) / rope.rope_scale), jnp.float32)
+    if isinstance(scaling := rope.scaling, Llama3):
+        turns = scaling.old_context_len * freq / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        freq *= smooth + (1 - smooth) / scaling.factor
+    return jnp.asarray(freq, jnp.float32)
 
 
 def write_checkpoint(folder: Path, config: dict = CONFIG, seed: int = 0) -> None:
@@ -177,7 +178,7 @@ def write_checkpoint(folder: Path, config: dict = CONFIG, seed: int = 0) -> None
 
     rng = np.random.default_rng(seed)
     weights = {}
-    for source in jax.tree.leaves(llama.sources(llama.LlamaConfig.from_hf(config))):
+    for source in jax.tree.leaves(sources(DecoderConfig.from_hf(config))):
         for name, shape in source.tensors:
             values = rng.standard_normal(shape, np.float32)
             if name.endswith("norm.weight"):

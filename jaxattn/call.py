@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxattn.checks import check_positive
-from jaxattn.models import llama
+from jaxattn.models.config import DecoderConfig
+from jaxattn.models.decoder import check_context
+from jaxattn.page_rings import pages_of
 from jaxattn.steps import Sampling
 
 
@@ -21,7 +23,8 @@ class Sizes:
 
     Attributes:
       page_size: tokens a page.
-      num_pages: pages of the cache.
+      num_pages: pages of the cache of a layer. Where layers see different windows, the widest ones' have so many, and
+        the others' as many as the calls so far have needed, rounded up, and not more than these.
       max_context: tokens of a request at most, prompt and new ones.
       prefill_chunk: prompt tokens that pass through the model at once, at most.
       stream_every: decode steps between the host's looks at the tokens. A GPU takes all of them, also
@@ -58,7 +61,7 @@ class Call(NamedTuple):
 
 
 def check_call(
-    config: llama.LlamaConfig,
+    config: DecoderConfig,
     sizes: Sizes,
     prompts: Sequence[Sequence[int]] | np.ndarray,
     *,
@@ -73,7 +76,6 @@ def check_call(
     Raises:
       TypeError: prompts or EOS tokens that are not token ids.
       ValueError: prompts or options out of range; a request that does not fit the model, the context or the cache.
-      NotImplementedError: a context longer than the model's sliding window.
     """
     sampling = Sampling(temperature, top_p)
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or int(seed) < 0:
@@ -91,13 +93,19 @@ def check_call(
     ends = np.atleast_1d([] if eos_token_ids is None else eos_token_ids)
     eos = _token_ids("eos_token_ids", ends, config.vocab_size)
     call = Call(ids, list(map(int, limits)), sampling, eos, int(seed))
-    _check_room(config, sizes, call.lengths)
+    _check_room(config, sizes, call)
     return call
 
 
-def pages_needed(lengths: Sequence[int], page_size: int) -> int:
-    """Pages that requests of up to `lengths` tokens own together."""
-    return sum(-(-length // page_size) for length in lengths)
+def pages_needed(config: DecoderConfig, sizes: Sizes, call: Call) -> list[list[int]]:
+    """Pages that each request owns, for each of `config.windows`; the widest are first and need most."""
+    return [
+        [
+            pages_of(length, sizes.page_size, window, min(len(prompt), sizes.prefill_chunk))
+            for prompt, length in zip(call.prompts, call.lengths)
+        ]
+        for window in config.windows
+    ]
 
 
 def _prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
@@ -138,14 +146,15 @@ def _token_ids(name: str, ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _check_room(config: llama.LlamaConfig, sizes: Sizes, lengths: Sequence[int]) -> None:
-    llama.check_context(config, max(lengths))
+def _check_room(config: DecoderConfig, sizes: Sizes, call: Call) -> None:
+    lengths = call.lengths
+    check_context(config, max(lengths))
     if sizes.max_context is not None and max(lengths) > sizes.max_context:
         raise ValueError(
             f"a request of {max(lengths)} tokens, prompt and new ones, exceeds "
             f"max_context={sizes.max_context}: raise it, or ask for fewer tokens"
         )
-    needed = pages_needed(lengths, sizes.page_size)
+    needed = sum(pages_needed(config, sizes, call)[0])
     if sizes.num_pages is not None and needed > sizes.num_pages:
         raise ValueError(
             f"{len(lengths)} requests need {needed} pages of {sizes.page_size} tokens for their "

@@ -21,7 +21,9 @@ from jaxattn.checks import FLOAT_DTYPES
 from jaxattn.generator import Generation as Generation
 from jaxattn.generator import Generator as Generator
 from jaxattn.kv_scales import FP8_DTYPES
-from jaxattn.models import llama
+from jaxattn.models.config import DecoderConfig
+from jaxattn.models.families import FAMILIES
+from jaxattn.models.weights import Params, load, read_config
 from jaxattn.steps import Requests as Requests
 from jaxattn.steps import Sampling as Sampling
 from jaxattn.steps import State as State
@@ -29,8 +31,8 @@ from jaxattn.steps import decode_steps as decode_steps
 
 
 def generate(
-    params: llama.Params,
-    config: llama.LlamaConfig,
+    params: Params,
+    config: DecoderConfig,
     prompts: Sequence[Sequence[int]] | np.ndarray,
     *,
     max_new_tokens: int | Sequence[int],
@@ -54,7 +56,7 @@ def generate(
     share them, since what is not given is rounded up to a size that repeats (see `Sizes`).
 
     Args:
-      params, config: from `llama.load`.
+      params, config: from `load`.
       prompts: token ids of each request: sequences of integers of any lengths, none empty, or a 2-D integer array.
       max_new_tokens: for all requests, or of each.
       temperature: 0 takes the likeliest token; otherwise logits are divided by it.
@@ -75,7 +77,6 @@ def generate(
     Raises:
       TypeError: prompts that are not token ids.
       ValueError: prompts or options out of range; more pages needed than the cache holds.
-      NotImplementedError: a context longer than the model's sliding window.
     """
     sizes = Sizes(page_size, num_pages, max_context, prefill_chunk, stream_every)
     return Generator(params, config, sizes, kv_dtype=kv_dtype, backend=backend).generate(
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxattn.generate",
-        description="Continues prompts with a Llama, Mistral, Qwen2 or Qwen3 model.",
+        description=f"Continues prompts with a model of type {', '.join(FAMILIES)}.",
     )
     add = parser.add_argument
     add("--model", required=True, help="folder with config.json and safetensors")
@@ -129,7 +130,7 @@ def _run(args: argparse.Namespace) -> None:
     if not prompts:
         raise ValueError("nothing to continue: give --prompt TEXT or --batch FILE")
     sizes = Sizes(args.page_size, args.num_pages, prefill_chunk=args.prefill_chunk)
-    config = llama.read_config(args.model)
+    config = read_config(args.model)
     encode, decode = _tokenizer(Path(args.model))
     ids = [encode(prompt) for prompt in prompts]
     options: dict[str, Any] = dict(
@@ -140,7 +141,7 @@ def _run(args: argparse.Namespace) -> None:
         eos_token_ids=config.eos_token_ids,
     )
     check_call(config, sizes, ids, **options)  # weights take a minute to read, these a second
-    config, params = llama.load(args.model, args.dtype, progress=_progress("loading", "weights"))
+    config, params = load(args.model, args.dtype, progress=_progress("loading", "weights"))
     out = _StreamedText(decode) if len(prompts) == 1 else None
     generation = Generator(params, config, sizes, kv_dtype=args.kv_dtype).generate(
         ids, **options, stream=out, progress=_progress("prefill", "tokens")

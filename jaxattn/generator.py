@@ -19,7 +19,10 @@ from jax.typing import DTypeLike
 
 from jaxattn.call import Call, Sizes, check_call, pages_needed
 from jaxattn.kv_scales import fp8_dtype
-from jaxattn.models import llama
+from jaxattn.models import decoder
+from jaxattn.models.config import DecoderConfig
+from jaxattn.models.weights import Params
+from jaxattn.page_rings import allocate_pages
 from jaxattn.steps import Requests, State, decode_steps, prefill_step
 
 
@@ -57,31 +60,31 @@ class Generator:
 
     Keeps what calls share: the KV cache and the rope table. It holds, from its first call on,
 
-        2 * num_layers * num_pages * page_size * num_kv_heads * head_dim * bytes of a number
+        2 * num_pages * page_size * num_kv_heads * head_dim * bytes of a number
 
-    of device memory beside the weights; with kv_dtype, 1 byte a number and 4 more for each head_dim of them. A call
-    that needs more pages than there are replaces the cache, and one that fails frees it; neither ever holds two. With
-    `num_pages` and `max_context` given, nothing grows.
+    of device memory for each layer, beside the weights; with kv_dtype, 1 byte a number and 4 more for each head_dim of
+    them. A layer that sees a window has pages for what the window reaches, and not for all of a context. A call that
+    needs more pages than there are replaces the cache, and one that fails frees it; neither ever holds two. With
+    `num_pages` and `max_context` given, nothing grows but the cache of windows that are not the widest.
 
     Compiled programs are kept by the process, the 32 used last, for every Generator of a like model. Calls share one if
     their sizes round to the same and their sampling is the same: other lengths and tokens do not compile again.
 
     Args:
-      params, config: from `llama.load`.
+      params, config: from `load`.
       sizes: of pages, cache and chunks.
       kv_dtype: of the cache: None for the weights'; "fp8", which is float8_e4m3fn, or a float8 dtype: half the bytes
         of 16 bits, each token's keys and values scaled by head.
       backend: "triton", "xla", "interpret" or None, for every op.
 
     Raises:
-      ValueError, NotImplementedError: the model cannot serve `sizes.max_context`.
-      ValueError: another kv_dtype.
+      ValueError: the model cannot serve `sizes.max_context`; another kv_dtype.
     """
 
     def __init__(
         self,
-        params: llama.Params,
-        config: llama.LlamaConfig,
+        params: Params,
+        config: DecoderConfig,
         sizes: Sizes | None = None,
         *,
         kv_dtype: DTypeLike | None = None,
@@ -91,9 +94,10 @@ class Generator:
         self.kv_dtype = params.embed_tokens.dtype if kv_dtype is None else fp8_dtype(kv_dtype)
         self.sizes = sizes or Sizes()
         if self.sizes.max_context:
-            llama.check_context(config, self.sizes.max_context)
-        self._caches: llama.Caches | None = None
-        self._cos_sin_cache: jax.Array | None = None
+            decoder.check_context(config, self.sizes.max_context)
+        self._caches: decoder.Caches | None = None
+        # By which of the model's rotary embeddings are stretched.
+        self._cos_sin_caches: dict[tuple[bool, ...], tuple[jax.Array, ...]] = {}
 
     def generate(
         self,
@@ -122,8 +126,9 @@ class Generator:
             eos_token_ids=eos_token_ids,
         )
         batch = round_up(len(call.prompts))
-        caches = self._take_caches(call)
-        requests = self._requests(call, batch, caches[0].num_pages)
+        owned = pages_needed(self.config, self.sizes, call)
+        caches = self._take_caches([sum(pages) for pages in owned])
+        requests = self._requests(call, batch, owned, self._num_pages(caches))
         state = State(
             caches=caches,
             kv_len=jnp.zeros(batch, jnp.int32),
@@ -174,48 +179,77 @@ class Generator:
             outputs, total, compiled - started, prefilled - compiled, decoded - prefilled
         )
 
-    def _take_caches(self, call: Call) -> llama.Caches:
-        """The caches kept from the last call if they have the pages that this one needs, else new ones."""
+    def _take_caches(self, needed: list[int]) -> decoder.Caches:
+        """The caches kept from the last call if they have the pages that this one needs, else new ones.
+
+        needed: pages for each of the model's windows.
+        """
         caches, self._caches = self._caches, None
-        needed = pages_needed(call.lengths, self.sizes.page_size)
-        if caches is not None and caches[0].num_pages >= needed:
+        have = [0] * len(needed) if caches is None else self._num_pages(caches)
+        if caches is not None and all(n >= least for n, least in zip(have, needed)):
             return caches
         caches = None  # freed before others are made
-        return llama.empty_caches(
-            self.config,
-            self.sizes.num_pages or round_up(needed),
-            self.sizes.page_size,
-            self.kv_dtype,
-        )
+        given = self.sizes.num_pages
+        pages = [max(n, round_up(least)) for n, least in zip(have, needed)]
+        if given is not None:
+            pages = [given, *(min(n, given) for n in pages[1:])]
+        return decoder.empty_caches(self.config, pages, self.sizes.page_size, self.kv_dtype)
 
-    def _requests(self, call: Call, batch: int, num_pages: int) -> Requests:
-        """What a call's requests are to the device, filled up to `batch` with requests of no tokens."""
-        longest = max(call.lengths)
-        if self._cos_sin_cache is None or self._cos_sin_cache.shape[0] < longest:
-            rounded = min(round_up(longest), llama.longest_context(self.config))
-            self._cos_sin_cache = llama.rope_table(self.config, self.sizes.max_context or rounded)
-        max_context = self._cos_sin_cache.shape[0]
+    def _num_pages(self, caches: decoder.Caches) -> list[int]:
+        """Of the caches of each of the model's windows."""
+        of_window = {
+            layer.window: cache.num_pages for layer, cache in zip(self.config.layers, caches)
+        }
+        return [of_window[window] for window in self.config.windows]
+
+    def _requests(
+        self, call: Call, batch: int, owned: list[list[int]], num_pages: list[int]
+    ) -> Requests:
+        """What a call's requests are to the device, filled up to `batch` with requests of no tokens.
+
+        owned, num_pages: pages of each request and of the cache, for each of the model's windows.
+        """
+        cos_sin_caches = self._rope_tables(max(call.lengths))
+        max_context = cos_sin_caches[0].shape[0]
         more = batch - len(call.prompts)
         page_size = self.sizes.page_size
-        block_table = allocate_pages(
-            [*call.lengths, *[0] * more],
-            page_size,
-            num_pages,
-            max_pages=-(-max_context // page_size),
-            seed=call.seed,
+        block_tables = tuple(
+            allocate_pages(
+                [*call.lengths, *[0] * more],
+                page_size,
+                pages,
+                max_pages=-(-max_context // page_size),
+                owned=[*own, *[0] * more],
+                seed=call.seed,
+            )
+            for own, pages in zip(owned, num_pages)
         )
         eos = np.full(round_up(max(1, call.eos.size)), -1, np.int32)
         eos[: call.eos.size] = call.eos
         # A request's draws depend on the seed and on its place, not on how many there are.
         places = jnp.arange(batch, dtype=jnp.int32)
         return Requests(
-            block_table=jnp.asarray(block_table),
+            block_tables=tuple(map(jnp.asarray, block_tables)),
             prompt_len=jnp.asarray([*map(len, call.prompts), *[0] * more], jnp.int32),
             limit=jnp.asarray([*call.limits, *[0] * more], jnp.int32),
             eos=jnp.asarray(eos),
             key=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(call.seed), places),
-            cos_sin_cache=self._cos_sin_cache,
+            cos_sin_caches=cos_sin_caches,
         )
+
+    def _rope_tables(self, longest: int) -> tuple[jax.Array, ...]:
+        """The tables kept from other calls if they serve contexts up to `longest`, else new ones.
+
+        The frequencies are those of this call's longest context, however many positions the tables have.
+        """
+        stretched = tuple(rope.is_stretched(longest) for rope in self.config.ropes)
+        kept = self._cos_sin_caches.get(stretched)
+        if kept is None or kept[0].shape[0] < longest:
+            rounded = min(round_up(longest), self.config.max_position_embeddings)
+            max_context = self.sizes.max_context or rounded
+            kept = decoder.rope_tables(self.config, max_context, longest=longest)
+            self._cos_sin_caches[stretched] = kept
+        return kept
 
 
 def round_up(size: int) -> int:
@@ -226,22 +260,6 @@ def round_up(size: int) -> int:
     bits = (size - 1).bit_length()
     step = 1 << (bits if size <= 64 else bits - 3)
     return -(-size // step) * step
-
-
-def allocate_pages(
-    lengths: Sequence[int], page_size: int, num_pages: int, *, max_pages: int, seed: int = 0
-) -> np.ndarray:
-    """Pages for requests of up to `lengths` tokens, some of `num_pages` in permuted order.
-
-    Returns:
-      A block table int32 [b, max_pages] whose unused entries are -1.
-    """
-    counts = [-(-length // page_size) for length in lengths]
-    pages = np.random.default_rng(seed).permutation(num_pages)
-    table = np.full((len(counts), max_pages), -1, np.int32)
-    for row, count, end in zip(table, counts, np.cumsum(counts), strict=True):
-        row[:count] = pages[end - count : end]
-    return table
 
 
 def _collect(

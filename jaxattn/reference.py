@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxattn.kv_cache import PagedKVCache, PageTable
@@ -448,3 +449,19 @@ def rope_append_paged_kv_cache(
     q, k = rope(q, k, row, cos_sin_cache, interleave=interleave)
     cache = append_paged_kv_cache(k, v, batch_indices, positions, cache, page_table)
     return q.astype(dtype), cache
+
+
+def grouped_matmul(x: Array, weights: Array, order: Array, ends: Array) -> Array:
+    """`x[i / repeat] @ weights[g].T` in float32 for the rows i of group g; zeros for those that are in none."""
+    repeat = order.shape[0] // x.shape[0] if x.size else 1
+    # Under explicit axes, which partition no operand of an op, ragged_dot wants to be told that they do not.
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    rows = jax.lax.ragged_dot(
+        x[order // repeat],
+        jnp.swapaxes(weights, 1, 2),
+        jnp.diff(ends, prepend=0),
+        precision="highest" if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+        out_sharding=PartitionSpec(None, None) if explicit else None,
+    )
+    return jnp.zeros_like(rows).at[order].set(rows)

@@ -10,6 +10,8 @@
 `State` is donated to both functions: the caches are updated in place, and memory does not grow with
 the number of tokens.
 
+Layers that see a window have block tables of their own, whose rows repeat: see `jaxattn.page_rings`.
+
 Axes: b requests, c tokens of a chunk, w pages of a block-table row.
 """
 
@@ -22,9 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxattn.kv_cache import PageTable, get_batch_indices_positions
-from jaxattn.models import llama
-from jaxattn.plan import plan_decode, plan_prefill
+from jaxattn.kv_cache import get_batch_indices_positions
+from jaxattn.models import decoder
+from jaxattn.models.config import DecoderConfig
+from jaxattn.models.weights import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +52,20 @@ class Sampling:
 class Requests(NamedTuple):
     """What stays the same while b requests run; one that is there to fill the batch has no prompt and no limit."""
 
-    block_table: Array  # int32 [b, w], the pages of each
+    block_tables: tuple[
+        Array, ...
+    ]  # int32 [b, w], the pages of each, for each of the model's windows
     prompt_len: Array  # int32 [b]
     limit: Array  # int32 [b], tokens to generate at most
     eos: Array  # int32 [any], the tokens that end a request; -1 for none
     key: Array  # [b], the random key of each
-    cos_sin_cache: Array  # float32 [max_context, head_dim]
+    cos_sin_caches: tuple[Array, ...]  # float32 [max_context, rotary_dim], from `rope_tables`
 
 
 class State(NamedTuple):
     """What a step changes; donated."""
 
-    caches: llama.Caches
+    caches: decoder.Caches
     kv_len: Array  # int32 [b], tokens in the caches
     token: Array  # int32 [b], sampled last and not in the caches yet
     generated: Array  # int32 [b], tokens sampled so far
@@ -95,13 +100,13 @@ def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
     jax.jit, static_argnames=("config", "sampling", "backend"), donate_argnames="state"
 )
 def prefill_step(
-    params: llama.Params,
+    params: Params,
     state: State,
     requests: Requests,
     tokens: Array,
     begin: Array,
     *,
-    config: llama.LlamaConfig,
+    config: DecoderConfig,
     sampling: Sampling,
     backend: str | None,
 ) -> State:
@@ -116,18 +121,18 @@ def prefill_step(
     qo_indptr = jnp.clip(prompt_indptr - begin, 0, capacity)
     kv_len = jnp.clip(begin + capacity - prompt_indptr[:-1], 0, requests.prompt_len)
     batch_indices, positions = get_batch_indices_positions(qo_indptr, kv_len, capacity)
-    page_table = PageTable.from_block_table(requests.block_table, kv_len, page_size)
-    plan = plan_prefill(
-        qo_indptr,
-        page_table,
+    batch = decoder.make_batch(
+        config,
+        tokens,
+        positions,
+        batch_indices,
+        requests.block_tables,
+        kv_len,
         page_size=page_size,
-        num_qo_tokens=capacity,
-        num_qo_heads=config.num_qo_heads,
-        num_kv_heads=config.num_kv_heads,
+        qo_indptr=qo_indptr,
     )
-    batch = llama.Batch(tokens, positions, batch_indices, page_table, plan)
-    logits, caches = llama.prefill(
-        params, config, batch, state.caches, requests.cos_sin_cache, backend=backend
+    logits, caches = decoder.prefill(
+        params, config, batch, state.caches, requests.cos_sin_caches, backend=backend
     )
     ends = (state.kv_len < requests.prompt_len) & (kv_len == requests.prompt_len)
     state = state._replace(caches=caches, kv_len=kv_len)
@@ -140,12 +145,12 @@ def prefill_step(
     donate_argnames="state",
 )
 def decode_steps(
-    params: llama.Params,
+    params: Params,
     state: State,
     requests: Requests,
     *,
     num_steps: int,
-    config: llama.LlamaConfig,
+    config: DecoderConfig,
     sampling: Sampling,
     backend: str | None,
 ) -> tuple[State, Array]:
@@ -173,22 +178,17 @@ def decode_steps(
         active = ~state.done
         # To the model a finished request is an empty one: nothing to append, no keys to read.
         kv_len = jnp.where(active, state.kv_len + 1, 0)
-        page_table = PageTable.from_block_table(requests.block_table, kv_len, page_size)
-        plan = plan_decode(
-            page_table,
-            page_size=page_size,
-            num_qo_heads=config.num_qo_heads,
-            num_kv_heads=config.num_kv_heads,
-        )
-        batch = llama.Batch(
+        batch = decoder.make_batch(
+            config,
             state.token,
             jnp.where(active, state.kv_len, 0),
             jnp.where(active, requests_in_order, -1),
-            page_table,
-            plan,
+            requests.block_tables,
+            kv_len,
+            page_size=page_size,
         )
-        logits, caches = llama.decode_step(
-            params, config, batch, state.caches, requests.cos_sin_cache, backend=backend
+        logits, caches = decoder.decode_step(
+            params, config, batch, state.caches, requests.cos_sin_caches, backend=backend
         )
         state = state._replace(caches=caches, kv_len=jnp.where(active, kv_len, state.kv_len))
         state = _accept(state, requests, logits, active, sampling)

@@ -18,8 +18,10 @@ from tiny import CONFIG, random_params, random_prompts
 from benchmarks import compile_report
 from examples import demo
 from jaxattn.generate import Generator, Sizes, generate, main
-from jaxattn.generator import allocate_pages, round_up
-from jaxattn.models import llama
+from jaxattn.generator import round_up
+from jaxattn.models import decoder
+from jaxattn.models.weights import load
+from jaxattn.page_rings import allocate_pages
 from jaxattn.steps import Requests, Sampling, State, decode_steps, sample
 
 PARAMS = random_params(CONFIG)
@@ -192,7 +194,7 @@ def test_a_generator_keeps_its_cache(greedy, monkeypatch):
 
     def empty_caches(config, num_pages, *args):
         assert not caches()  # what is replaced is gone before
-        made.append(num_pages)
+        made.extend(num_pages)
         # What no request owns must not matter.
         return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), make(config, num_pages, *args))
 
@@ -201,8 +203,8 @@ def test_a_generator_keeps_its_cache(greedy, monkeypatch):
         assert len(held) == 2 * CONFIG.num_layers and {x.shape[0] for x in held} == {made[-1]}
         return {x.unsafe_buffer_pointer() for x in held}
 
-    make = llama.empty_caches
-    monkeypatch.setattr(llama, "empty_caches", empty_caches)
+    make = decoder.empty_caches
+    monkeypatch.setattr(decoder, "empty_caches", empty_caches)
     generator = Generator(PARAMS, CONFIG, Sizes(page_size=PAGE))
     first = generator.generate(random_prompts([3, 20]), max_new_tokens=8)
     before = buffers()
@@ -374,19 +376,21 @@ def decode_loop(config, dtype, *, num_pages, num_steps, sampling, kv_dtype=None)
     index = jax.ShapeDtypeStruct((b,), jnp.int32)
     params = jax.eval_shape(lambda: random_params(config, dtype))
     state = State(
-        jax.eval_shape(lambda: llama.empty_caches(config, num_pages, page_size, kv_dtype or dtype)),
+        jax.eval_shape(
+            lambda: decoder.empty_caches(config, num_pages, page_size, kv_dtype or dtype)
+        ),
         index,
         index,
         index,
         jax.ShapeDtypeStruct((b,), bool),
     )
     requests = Requests(
-        jax.ShapeDtypeStruct((b, 8), jnp.int32),
+        (jax.ShapeDtypeStruct((b, 8), jnp.int32),) * len(config.windows),
         index,
         index,
         jax.ShapeDtypeStruct((1,), jnp.int32),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
-        jax.ShapeDtypeStruct((128, config.head_dim), jnp.float32),
+        (jax.ShapeDtypeStruct((128, config.head_dim), jnp.float32),) * len(config.ropes),
     )
     static = dict(num_steps=num_steps, config=config, sampling=sampling, backend=None)
     return jax.jit(lambda *args: decode_steps(*args, **static), donate_argnums=1), (
@@ -505,7 +509,7 @@ def test_cli_streams_text(checkpoint, capsys):
     tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(
         str(checkpoint / "tokenizer.json")
     )
-    config, params = llama.load(checkpoint, jnp.float32)
+    config, params = load(checkpoint, jnp.float32)
     prompt = tokenizer.encode("A page of ").ids
     (tokens,) = generate(params, config, [prompt], max_new_tokens=40).tokens
     assert streamed == tokenizer.decode(tokens) + "\n"
@@ -543,7 +547,7 @@ def test_cli_takes_token_ids_where_there_is_no_tokenizer(checkpoint, capsys):
 
 @pytest.mark.slow
 def test_cli_stops_at_the_models_eos(checkpoint, capsys):
-    config, params = llama.load(checkpoint)
+    config, params = load(checkpoint)
     (tokens,) = generate(params, config, [[1, 2, 3]], max_new_tokens=6).tokens
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[2]}))
     (checkpoint / "tokenizer.json").rename(checkpoint / "aside")
@@ -588,7 +592,9 @@ def test_cli_errors(checkpoint, tmp_path, monkeypatch, capsys):
 def test_cli_checks_its_arguments_before_it_reads_weights(
     checkpoint, monkeypatch, capsys, args, message
 ):
-    monkeypatch.setattr(llama, "load", lambda *args, **options: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "jaxattn.generate.load", lambda *args, **options: pytest.fail("weights were read")
+    )
     assert cli("--model", checkpoint, *args) == 1
     assert message in capsys.readouterr().err
 

@@ -14,7 +14,9 @@ from tiny import CONFIG
 
 import jaxattn as ja
 from benchmarks import compile_report as cr
-from jaxattn.models import llama
+from jaxattn.models import decoder
+from jaxattn.models.stored_experts import GptOssExperts
+from jaxattn.models.weights import sources
 
 bf16, i32 = jnp.bfloat16, jnp.int32
 T, D, PAGES, PAGE_SIZE, BATCH = 256, 128, 64, 16, 4
@@ -117,36 +119,48 @@ def test_a_copy_would_be_seen():
 
 @pytest.mark.parametrize("decode", [True, False])
 def test_a_model_copies_no_cache(decode):
-    config = dataclasses.replace(CONFIG, qk_norm=True, head_dim=64)
-    heads = dict(num_qo_heads=config.num_qo_heads, num_kv_heads=config.num_kv_heads)
+    """Nor experts. One whose layers see different windows, with all that Gemma's have besides."""
+    full = dataclasses.replace(CONFIG.layers[0], feed_forward=GptOssExperts(5, 2, 96))
+    config = dataclasses.replace(
+        CONFIG,
+        layers=(dataclasses.replace(full, window=40), full),
+        head_dim=64,
+        qk_norm=True,
+        norm_after=True,
+        attention_soft_cap=50.0,
+        embedding_scale=8.0,
+    )
     t = BATCH if decode else T
 
-    def step(params, tokens, positions, batch_indices, page_table, caches, cos_sin_cache):
-        if decode:
-            plan = ja.plan_decode(page_table, page_size=PAGE_SIZE, **heads)
-        else:
-            indptr = jnp.arange(BATCH + 1, dtype=i32) * (t // BATCH)
-            plan = ja.plan_prefill(
-                indptr, page_table, page_size=PAGE_SIZE, num_qo_tokens=t, **heads
-            )
-        batch = llama.Batch(tokens, positions, batch_indices, page_table, plan)
-        run = llama.decode_step if decode else llama.prefill
-        return run(params, config, batch, caches, cos_sin_cache)
+    def step(params, tokens, positions, batch_indices, kv_len, block_tables, caches, table):
+        indptr = None if decode else jnp.arange(BATCH + 1, dtype=i32) * (t // BATCH)
+        batch = decoder.make_batch(
+            config,
+            tokens,
+            positions,
+            batch_indices,
+            block_tables,
+            kv_len,
+            page_size=PAGE_SIZE,
+            qo_indptr=indptr,
+        )
+        run = decoder.decode_step if decode else decoder.prefill
+        return run(params, config, batch, caches, (table,))
 
-    params = jax.tree.map(
-        lambda source: struct(
-            sum(shape[0] for _, shape in source.tensors), *source.tensors[0][1][1:]
-        ),
-        llama.sources(config),
-    )
-    caches = jax.eval_shape(lambda: llama.empty_caches(config, PAGES, PAGE_SIZE, bf16))
+    params = jax.tree.map(lambda source: struct(*source.shape), sources(config))
+    caches = jax.eval_shape(lambda: decoder.empty_caches(config, (PAGES, 24), PAGE_SIZE, bf16))
     tokens = [struct(t, dtype=i32)] * 3
+    block_tables = (struct(BATCH, PAGES // BATCH, dtype=i32),) * 2
     table = struct(256, 64, dtype=jnp.float32)
-    text, memory = compile_for_h200(step, (5,), params, *tokens, PAGE_TABLE, caches, table)
+    text, memory = compile_for_h200(
+        step, (6,), params, *tokens, struct(BATCH, dtype=i32), block_tables, caches, table
+    )
     buffers = jax.tree.leaves(caches)
     assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in buffers)
     assert text.count("jaxattn_rope_append_paged_kv_cache") >= config.num_layers
-    assert buffers[0].size not in copied(text)
+    experts = [x for x in jax.tree.leaves(params) if len(x.shape) == 3]
+    assert len(experts) == 4 and text.count("jaxattn_grouped_matmul") >= 4
+    assert not {x.size for x in buffers + experts} & set(copied(text))
 
 
 LAYERS = 3

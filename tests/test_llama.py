@@ -17,15 +17,17 @@ from tiny import CONFIG, paged_logits, random_params, random_prompts
 import jaxattn as ja
 from examples.demo import dense_logits
 from jaxattn.models import llama
+from jaxattn.models.feed_forward import Gated
+from jaxattn.models.layer_spec import LayerSpec
+from jaxattn.models.rope_scaling import Linear, Llama3, RopeConfig
 
 QWEN3_LIKE = dataclasses.replace(
     CONFIG,
-    rope=llama.RopeConfig(1e6),
+    layers=(LayerSpec(Gated(96, bias=True), RopeConfig(1e6)),) * 2,
     head_dim=32,
     tie_word_embeddings=True,
     qkv_bias=True,
     o_bias=True,
-    mlp_bias=True,
     qk_norm=True,
 )
 
@@ -77,9 +79,9 @@ def test_prefill_and_decode_step_want_their_own_plan():
     one = jnp.zeros(1, jnp.int32)
     table = ja.PageTable.from_block_table(one[:, None], one + 1, 4)
     heads = dict(page_size=4, num_qo_heads=6, num_kv_heads=2)
-    decode = llama.Batch(one, one, one, table, ja.plan_decode(table, **heads))
+    decode = llama.Batch(one, one, one, (table,), (ja.plan_decode(table, **heads),))
     prefill_plan = ja.plan_prefill(jnp.arange(2, dtype=jnp.int32), table, num_qo_tokens=1, **heads)
-    prefill = decode._replace(plan=prefill_plan)
+    prefill = decode._replace(plans=(prefill_plan,))
     cos_sin_cache = llama.rope_table(CONFIG, 4)
     with pytest.raises(
         TypeError, match="prefill needs a plan from plan_prefill; got one of plan_decode"
@@ -103,7 +105,7 @@ def test_triton_bf16_logits_rival_the_plain_computation(how, group):
     config = dataclasses.replace(
         QWEN3_LIKE,
         hidden_size=512,
-        intermediate_size=1024,
+        layers=(LayerSpec(Gated(1024, bias=True), RopeConfig(1e6)),) * 2,
         num_qo_heads=2 * group,
         head_dim=128,
         max_position_embeddings=1024,
@@ -122,12 +124,12 @@ def test_triton_bf16_logits_rival_the_plain_computation(how, group):
 def test_config_of_a_llama():
     config = llama.LlamaConfig.from_hf({**HF, "eos_token_id": [2, 3]})
     assert config.head_dim == 4
-    assert config.rope == llama.RopeConfig(5e5)
+    assert config.layers == (LayerSpec(Gated(24), RopeConfig(5e5)),) * 2
     assert config.eos_token_ids == (2, 3)
-    assert config.sliding_window is None and not config.qkv_bias and not config.qk_norm
+    assert config.windows == (None,) and not config.qkv_bias and not config.qk_norm
     old = {key: HF[key] for key in HF if key not in ("num_key_value_heads", "rope_theta")}
     assert llama.LlamaConfig.from_hf(old).num_kv_heads == 4
-    assert llama.LlamaConfig.from_hf(old).rope.rope_theta == 10000.0
+    assert llama.LlamaConfig.from_hf(old).ropes == (RopeConfig(10000.0),)
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
@@ -140,11 +142,11 @@ def test_rope_config_of_transformers_5_and_before(key):
         "original_max_position_embeddings": 32,
     }
     config = llama.LlamaConfig.from_hf({**HF, key: scaling})
-    assert config.rope == llama.RopeConfig(5e5, 8.0, 1.0, 4.0, 32)
+    assert config.ropes == (RopeConfig(5e5, Llama3(8.0, 1.0, 4.0, 32)),)
     linear = llama.LlamaConfig.from_hf({**HF, key: {"type": "linear", "factor": 2.0}})
-    assert linear.rope == llama.RopeConfig(5e5, 2.0)
+    assert linear.ropes == (RopeConfig(5e5, Linear(2.0)),)
     newer = llama.LlamaConfig.from_hf({**HF, key: {"rope_type": "default", "rope_theta": 7.0}})
-    assert newer.rope == llama.RopeConfig(7.0)
+    assert newer.ropes == (RopeConfig(7.0),)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +183,9 @@ def test_rope_config_of_transformers_5_and_before(key):
             "quantization_config=.* is not built",
         ),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
             NotImplementedError,
-            "rope_type='yarn' is not built; supported: 'default', 'linear', 'llama3'",
+            "rope_type='dynamic' is not built; supported: 'default', 'linear', 'llama3', 'yarn', 'longrope'",
         ),
         ({"rope_scaling": {"type": "linear"}}, ValueError, "rope_scaling has no 'factor'"),
         (
@@ -243,18 +245,6 @@ def test_rope_config_of_transformers_5_and_before(key):
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "rope_theta": 1e4}},
             NotImplementedError,
             "rope_theta=10000.0 is not built",
-        ),
-        (
-            {
-                "layer_types": ["full_attention", "sliding_attention"],
-                "sliding_window": 32,
-                "rope_parameters": {
-                    "full_attention": {"rope_theta": 1e6},
-                    "sliding_attention": {"rope_theta": 1e4},
-                },
-            },
-            NotImplementedError,
-            "that differ by layer type are not built",
         ),
     ],
 )
@@ -384,11 +374,12 @@ def test_published_configs_are_understood(raw):
     config = llama.LlamaConfig.from_hf(raw)
     name, theta = raw["architectures"][0], raw.get("rope_theta", 10000.0)
     assert config.head_dim == raw.get("head_dim", 128)
-    assert config.rope.rope_theta == theta
-    assert (config.rope.old_context_len == 8192) == bool(raw.get("rope_scaling"))
+    (rope,) = config.ropes
+    assert rope.rope_theta == theta
+    assert isinstance(rope.scaling, Llama3) == bool(raw.get("rope_scaling"))
     assert config.qkv_bias == name.startswith("Qwen2") and not config.o_bias
     assert config.qk_norm == name.startswith("Qwen3")
-    assert config.sliding_window == (4096 if raw.get("sliding_window") == 4096 else None)
+    assert config.windows == ((4096,) if raw.get("sliding_window") == 4096 else (None,))
 
 
 def test_rope_settings_by_layer_type():
@@ -397,14 +388,16 @@ def test_rope_settings_by_layer_type():
     other = {"rope_type": "default", "rope_theta": 1e4}
     nested = {"full_attention": settings, "sliding_attention": other}
     config = llama.LlamaConfig.from_hf({**HF, "rope_parameters": nested})
-    assert config.rope == llama.RopeConfig(1e6, 8.0, 1.0, 4.0, 32)
+    assert config.ropes == (RopeConfig(1e6, Llama3(8.0, 1.0, 4.0, 32)),)
     layers = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 32}
     config = llama.LlamaConfig.from_hf({**HF, **layers, "rope_parameters": nested})
-    assert config.rope == llama.RopeConfig(1e4)
+    assert config.ropes == (RopeConfig(1e4),)
     layers = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 32}
+    config = llama.LlamaConfig.from_hf({**HF, **layers, "rope_parameters": nested})
+    assert config.ropes == (RopeConfig(1e6, Llama3(8.0, 1.0, 4.0, 32)), RopeConfig(1e4))
     nested = dict.fromkeys(("full_attention", "sliding_attention"), settings)
     config = llama.LlamaConfig.from_hf({**HF, **layers, "rope_parameters": nested})
-    assert config.rope == llama.RopeConfig(1e6, 8.0, 1.0, 4.0, 32)
+    assert config.ropes == (RopeConfig(1e6, Llama3(8.0, 1.0, 4.0, 32)),)
 
 
 @pytest.mark.parametrize(
@@ -469,15 +462,13 @@ def test_rope_settings_by_layer_type():
         ({"sliding_window": 32, "use_sliding_window": False}, None),
     ],
 )
-def test_sliding_window_is_refused_where_it_would_matter(change, window):
+def test_which_layers_slide(change, window):
     config = llama.LlamaConfig.from_hf({**HF, **change})
-    assert config.sliding_window == window
-    llama.rope_table(config, 32)
-    if window is None:
-        llama.rope_table(config, 64)
-    else:
-        with pytest.raises(NotImplementedError, match="33 tokens exceeds config.sliding_window=32"):
-            llama.rope_table(config, 33)
+    assert (set(config.windows) - {None}) == ({window} - {None})
+    kinds = change.get("layer_types")
+    if kinds:
+        expected = [window if kind == "sliding_attention" else None for kind in kinds]
+        assert [layer.window for layer in config.layers] == expected
 
 
 @pytest.mark.parametrize(
@@ -485,7 +476,7 @@ def test_sliding_window_is_refused_where_it_would_matter(change, window):
     [
         (
             "Qwen2",
-            {"use_sliding_window": True, "max_window_layers": 0},
+            {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None},
             ValueError,
             "no 'sliding_window', which its 2 sliding layers need",
         ),
@@ -497,7 +488,10 @@ def test_sliding_window_is_refused_where_it_would_matter(change, window):
         ),
         (
             "Qwen3",
-            {"layer_types": ["full_attention", "sliding_attention"]},
+            {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": None,
+            },
             ValueError,
             "no 'sliding_window', which its 1 sliding layers need",
         ),
@@ -532,7 +526,12 @@ def test_sliding_window_is_refused_where_it_would_matter(change, window):
             ValueError,
             "use_sliding_window=None and max_window_layers=1 in config.json contradict",
         ),
-        ("Mistral", {"use_sliding_window": True}, ValueError, "its 2 sliding layers need"),
+        (
+            "Mistral",
+            {"use_sliding_window": True, "sliding_window": None},
+            ValueError,
+            "its 2 sliding layers need",
+        ),
         ("Mistral", {"sliding_window": 0}, ValueError, "a positive integer; got 0"),
     ],
 )
@@ -672,14 +671,15 @@ def test_biases_of_the_file_are_used(tmp_path, architecture, entries, held, used
     assert {name for x in asked for name, _ in x.tensors if name.endswith("bias")} == set(biases)
     write(tmp_path, config=raw, without=tuple(biases), change=biases)
     config, params = llama.load(tmp_path)
-    flags = dict(qkv=config.qkv_bias, o=config.o_bias, mlp=config.mlp_bias)
+    mlp_bias = config.layers[1].feed_forward.bias
+    flags = dict(qkv=config.qkv_bias, o=config.o_bias, mlp=mlp_bias)
     assert " ".join(name for name, on in flags.items() if on) == used
     layer = params.layers[1]
     for on, linear in (
         (config.qkv_bias, layer.qkv_proj),
         (config.o_bias, layer.o_proj),
-        (config.mlp_bias, layer.gate_up_proj),
-        (config.mlp_bias, layer.down_proj),
+        (mlp_bias, layer.feed_forward.gate_up_proj),
+        (mlp_bias, layer.feed_forward.down_proj),
     ):
         assert (linear.bias is not None) == on
         assert not on or (np.asarray(linear.bias) == 2).all()

@@ -5,36 +5,42 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxattn as ja
-from jaxattn.models import llama
+from jaxattn.models import decoder
+from jaxattn.models.config import DecoderConfig
+from jaxattn.models.feed_forward import Gated
+from jaxattn.models.layer_spec import LayerSpec
+from jaxattn.models.linear import Source
+from jaxattn.models.rope_scaling import Llama3, RopeConfig
+from jaxattn.models.weights import Params, sources
+from jaxattn.page_rings import allocate_pages, pages_of
 
-CONFIG = llama.LlamaConfig(
+ROPE = RopeConfig(10000.0, Llama3(4.0, 1.0, 4.0, 32))
+CONFIG = DecoderConfig(
     vocab_size=256,
     hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
     num_qo_heads=6,
     num_kv_heads=2,
     head_dim=16,
     rms_norm_eps=1e-5,
     max_position_embeddings=256,
-    rope=llama.RopeConfig(10000.0, 4.0, 1.0, 4.0, 32),
+    layers=(LayerSpec(Gated(96), ROPE),) * 2,
 )
 
 
-def random_params(config: llama.LlamaConfig, dtype=jnp.float32, seed=0) -> llama.Params:
+def random_params(config: DecoderConfig, dtype=jnp.float32, seed=0) -> Params:
     """Weights that give logits of order one; norms and biases are not trivial."""
     rng = np.random.default_rng(seed)
 
-    def weight(source: llama.Source) -> jax.Array:
-        (name, shape), *more = source.tensors
-        values = rng.standard_normal((shape[0] + sum(s[0] for _, s in more), *shape[1:]))
+    def weight(source: Source) -> jax.Array:
+        name = source.tensors[0][0]
+        values = rng.standard_normal(source.shape)
         if name.endswith("norm.weight"):
             values = 1 + values / 8
         elif "embed" not in name:
-            values /= np.sqrt(shape[-1])
-        return jnp.asarray(values.astype(np.float32)).astype(dtype)
+            values /= np.sqrt(source.shape[-1])
+        return jnp.asarray(values.astype(np.float32)).astype(source.dtype or dtype)
 
-    return jax.tree.map(weight, llama.sources(config))
+    return jax.tree.map(weight, sources(config))
 
 
 def random_prompts(lengths, vocab_size=256, seed=0) -> list[list[int]]:
@@ -48,18 +54,22 @@ def paged_logits(
     """Logits [t_i, vocab] of each request's tokens, which pass through the paged cache together.
 
     Every round appends up to `piece` tokens of each request (default: all of them), by prefill, or,
-    for `decode`, one by one.
+    for `decode`, one by one. Layers that see a window have rings of pages, no larger than that needs.
     """
     lengths = [len(tokens) for tokens in requests]
     piece = 1 if decode else piece or max(lengths)
     width = -(-max(lengths) // page_size)
-    pages = np.random.default_rng(0).permutation(len(requests) * width + 2)
-    block_table = jnp.asarray(pages[:-2].reshape(len(requests), width), jnp.int32)
+    owned = [[pages_of(n, page_size, w, min(piece, n)) for n in lengths] for w in config.windows]
+    num_pages = [sum(pages) + 2 for pages in owned]
+    block_tables = tuple(
+        jnp.asarray(allocate_pages(lengths, page_size, n, max_pages=width, owned=pages))
+        for n, pages in zip(num_pages, owned)
+    )
     dtype = kv_dtype or params.embed_tokens.dtype
-    caches = llama.empty_caches(config, len(pages), page_size, dtype)
+    caches = decoder.empty_caches(config, num_pages, page_size, dtype)
     # What no request owns must not matter.
     caches = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), caches)
-    cos_sin_cache = llama.rope_table(config, max(lengths))
+    cos_sin_caches = decoder.rope_tables(config, max(lengths))
     capacity = len(requests) if decode else sum(min(piece, length) for length in lengths)
     run = jax.jit(_round, static_argnames=("config", "decode", "page_size", "backend"))
 
@@ -80,9 +90,9 @@ def paged_logits(
             tokens,
             new,
             kv_len,
-            block_table,
+            block_tables,
             caches,
-            cos_sin_cache,
+            cos_sin_caches,
             config=config,
             decode=decode,
             page_size=page_size,
@@ -94,20 +104,24 @@ def paged_logits(
 
 
 def _round(
-    params, tokens, new, kv_len, block_table, caches, cos_sin_cache,
+    params, tokens, new, kv_len, block_tables, caches, cos_sin_caches,
     *, config, decode, page_size, backend,
 ):  # fmt: skip
-    table = ja.PageTable.from_block_table(block_table, kv_len, page_size)
-    heads = dict(
-        page_size=page_size, num_qo_heads=config.num_qo_heads, num_kv_heads=config.num_kv_heads
-    )
     rows = jnp.arange(tokens.size, dtype=jnp.int32)
     if decode:
-        plan = ja.plan_decode(table, **heads)
+        indptr = None
         positions, requests = jnp.maximum(kv_len - 1, 0), jnp.where(new > 0, rows, -1)
     else:
         indptr = jnp.pad(jnp.cumsum(new, dtype=jnp.int32), (1, 0))
-        plan = ja.plan_prefill(indptr, table, num_qo_tokens=tokens.size, **heads)
         requests, positions = ja.get_batch_indices_positions(indptr, kv_len, tokens.size)
-    batch = llama.Batch(tokens, positions, requests, table, plan)
-    return llama.forward(params, config, batch, caches, cos_sin_cache, rows, backend=backend)
+    batch = decoder.make_batch(
+        config,
+        tokens,
+        positions,
+        requests,
+        block_tables,
+        kv_len,
+        page_size=page_size,
+        qo_indptr=indptr,
+    )
+    return decoder.forward(params, config, batch, caches, cos_sin_caches, rows, backend=backend)

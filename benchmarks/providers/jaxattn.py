@@ -28,7 +28,7 @@ from benchmarks.inputs import (
 from benchmarks.timing import Call
 from jaxattn.generate import Requests, Sampling, State, decode_steps
 from jaxattn.kernels.mosaic import serves
-from jaxattn.models import llama
+from jaxattn.models import decoder
 
 
 def versions() -> dict[str, str]:
@@ -239,16 +239,16 @@ def dense_decode(case: Attention, x: AttentionInputs, attend: Callable[..., jax.
 
 
 # Undecorated: what JAX traced of the fused ones, under their names, must not be taken for these.
-_layer, _decode_steps = inspect.unwrap(llama._layer), inspect.unwrap(decode_steps)
+_layer, _decode_steps = inspect.unwrap(decoder._layer), inspect.unwrap(decode_steps)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "backend"))
+@functools.partial(jax.jit, static_argnames=("spec", "config", "backend"))
 @functools.wraps(_layer)
 def _layer_by_parts(*args, **options):
     """A layer of the model that fuses nothing."""
     # Nothing else traces the model meanwhile: a case's calls start in turn, its oracle's after them.
     with mock.patch.multiple(
-        llama,
+        decoder,
         rope_append_paged_kv_cache=_rope_append_by_parts,
         fused_add_rmsnorm=_add_rmsnorm_by_parts,
     ):
@@ -257,7 +257,7 @@ def _layer_by_parts(*args, **options):
 
 def _decode_steps_by_parts(*args, **options):
     """`decode_steps` of a model that fuses nothing."""
-    with mock.patch.object(llama, "_layer", _layer_by_parts):
+    with mock.patch.object(decoder, "_layer", _layer_by_parts):
         return _decode_steps(*args, **options)
 
 
@@ -268,23 +268,23 @@ def _decode_loop(case: Loop, x: LoopInputs, backend: str | None, separate: bool)
     def zeros(dtype: Any = jnp.int32) -> jax.Array:
         return jnp.zeros(case.batch, dtype)
 
-    def loop(caches, params, block_table, token, cos_sin_cache):
+    def loop(caches, params, block_tables, token, cos_sin_caches):
         requests = Requests(
-            block_table=block_table,
+            block_tables=block_tables,
             prompt_len=zeros() + case.kv_len,
             limit=zeros() + case.steps + 1,  # nobody ends
             eos=jnp.zeros(0, jnp.int32),
             key=jax.random.split(jax.random.key(0), case.batch),
-            cos_sin_cache=cos_sin_cache,
+            cos_sin_caches=cos_sin_caches,
         )
         state = State(caches, zeros() + case.kv_len, token, zeros(), zeros(bool))
         options: dict[str, Any] = dict(config=config, sampling=Sampling(), backend=backend)
         take_steps = _decode_steps_by_parts if separate else decode_steps
         state, tokens = take_steps(params, state, requests, num_steps=case.steps, **options)
-        new = appended(state.caches, block_table, case.kv_len, case.steps)
+        new = appended(case, state.caches, block_tables)
         return state.caches, (tokens, *new)
 
-    table = llama.rope_table(config, case.kv_len + case.steps)
+    tables = decoder.rope_tables(config, case.kv_len + case.steps)
     caches = jax.tree.map(jnp.copy, x.caches)
 
     def runner(**options: Any) -> Callable[[], tuple[jax.Array, ...]]:
@@ -292,7 +292,7 @@ def _decode_loop(case: Loop, x: LoopInputs, backend: str | None, separate: bool)
 
         def run() -> tuple[jax.Array, ...]:
             nonlocal caches
-            caches, outputs = step(caches, x.params, x.block_table, x.token, table)
+            caches, outputs = step(caches, x.params, x.block_tables, x.token, tables)
             return outputs
 
         return run

@@ -4,7 +4,7 @@ The tensors lie in `model.safetensors`, or in shards that `model.safetensors.ind
 """
 
 import json
-from collections.abc import Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ def read_json(folder: str | Path, name: str) -> dict[str, Any]:
 class Checkpoint:
     """A checkpoint's tensors by name, read from the files one at a time.
 
+    Args:
+      folder: where it lies.
+      rename: from a tensor's name in the files to its name here, or None to leave it out; default: names stay.
+
     Attributes:
       names: of all tensors, those included that a shard holds and the index does not list.
 
@@ -52,7 +56,7 @@ class Checkpoint:
       ValueError: a file is not in the safetensors format.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, rename: Callable[[str], str | None] | None = None):
         self.folder = Path(folder)
         if (self.folder / INDEX).exists():
             index = read_json(folder, INDEX).get("weight_map")
@@ -74,18 +78,23 @@ class Checkpoint:
             raise FileNotFoundError(
                 f"neither {WEIGHTS} nor {INDEX} is in {str(folder)!r}: only safetensors are read"
             )
+        renamed = {name: rename(name) if rename else name for name in self._file_of}
+        self._stored = {new: name for name, new in renamed.items() if new is not None}
 
     @property
     def names(self) -> Set[str]:
-        return self._file_of.keys()
+        return self._stored.keys()
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor `name`, one of `names`: float16, bfloat16 or float32.
+    def read(
+        self, name: str, shape: tuple[int, ...], dtypes: Sequence[str] = FLOAT_DTYPES
+    ) -> np.ndarray:
+        """The tensor `name`, one of `names`, of this shape and one of these dtypes.
 
         Raises:
           ValueError: the file does not hold it, or with another shape.
           TypeError: a tensor of another dtype.
         """
+        name = self._stored[name]
         with _open(self._file_of[name]) as tensors:
             if name not in tensors.keys():
                 file = self._file_of[name].name
@@ -96,9 +105,9 @@ class Checkpoint:
                     f"tensor {name!r} must have shape {list(shape)} (config.json); got {list(came)}"
                 )
             tensor = tensors.get_tensor(name)
-        if tensor.dtype.name not in FLOAT_DTYPES:
+        if tensor.dtype.name not in dtypes:
             raise TypeError(
-                f"tensor {name!r} must be one of {', '.join(FLOAT_DTYPES)}; got {tensor.dtype.name}"
+                f"tensor {name!r} must be one of {', '.join(dtypes)}; got {tensor.dtype.name}"
             )
         return tensor
 

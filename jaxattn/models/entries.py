@@ -16,6 +16,10 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
+def _is_number(x: Any) -> bool:
+    return (_is_int(x) or isinstance(x, float)) and math.isfinite(x)
+
+
 def _is_list(x: Any, holds: Callable[[Any], bool]) -> bool:
     return isinstance(x, list | tuple) and all(map(holds, x))
 
@@ -26,9 +30,10 @@ def _is_token_id(x: Any) -> bool:
 
 POSITIVE_INT = Kind("a positive integer", lambda x: _is_int(x) and x > 0)
 COUNT = Kind("an integer, at least 0", lambda x: _is_int(x) and x >= 0)
-POSITIVE = Kind(
-    "a positive number", lambda x: (_is_int(x) or isinstance(x, float)) and 0 < x < math.inf
-)
+COUNTS = Kind("a list of integers, at least 0", lambda x: _is_list(x, COUNT.holds))
+POSITIVE = Kind("a positive number", lambda x: _is_number(x) and 0 < x)
+POSITIVES = Kind("a list of positive numbers", lambda x: _is_list(x, POSITIVE.holds))
+AT_LEAST_0 = Kind("a number, at least 0", lambda x: _is_number(x) and 0 <= x)
 BOOL = Kind("true or false", lambda x: isinstance(x, bool))
 TEXT = Kind("a string", lambda x: isinstance(x, str))
 TEXTS = Kind("a list of strings", lambda x: _is_list(x, TEXT.holds))
