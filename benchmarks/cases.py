@@ -123,6 +123,22 @@ class Norm(Case):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouped(Case):
+    """op grouped_matmul: `chosen` of the experts for each token, at random; each an [outs, size] matrix."""
+
+    tokens: int
+    chosen: int
+    experts: int
+    outs: int
+    size: int
+    apart: bool = False  # a row of x for each of a token's experts, not one for all
+
+    @property
+    def writes(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope(Case):
     tokens: int
     num_qo_heads: int = 32
@@ -342,10 +358,19 @@ def _full() -> list[Case]:
     ]
 
     cases += [_rope_append(name, *shape) for name, shape in _APPENDS.items()]
-    qwen3: dict[str, Any] = dict(num_qo_heads=64, qk_norm=True)
+    qwen3_32b: dict[str, Any] = dict(num_qo_heads=64, qk_norm=True)
     for name in ("b1_1", "b32_1", "b4_4k"):
-        cases.append(_rope_append(f"qwen3_32b_{name}", *_APPENDS[name], **qwen3))
+        cases.append(_rope_append(f"qwen3_32b_{name}", *_APPENDS[name], **qwen3_32b))
     cases.append(_rope_append("70b_tp8_b64_1", 64, 1, num_qo_heads=8, num_kv_heads=1))
+
+    gpt_oss: dict[str, Any] = dict(op="grouped_matmul", chosen=4, experts=32, size=2880)
+    qwen3: dict[str, Any] = dict(op="grouped_matmul", chosen=8, experts=128, outs=1536, size=2048)
+    for tokens in (1, 8, 32, 128, 512, 4096):
+        cases.append(Grouped(name=f"gpt_oss_up_{tokens}", tokens=tokens, outs=5760, **gpt_oss))
+        if tokens in (1, 32, 4096):
+            down: dict[str, Any] = dict(outs=2880, apart=True)
+            cases.append(Grouped(name=f"gpt_oss_down_{tokens}", tokens=tokens, **down, **gpt_oss))
+            cases.append(Grouped(name=f"qwen3_30b_up_{tokens}", tokens=tokens, **qwen3))
 
     cases += [
         _step("b1_8k", 1, 8192),
@@ -439,6 +464,7 @@ def _smoke() -> list[Case]:
         Merge(op="merge_states", name="3_states_5", states=3, tokens=5, num_qo_heads=4),
         *_norms(5, 256, "float16"),
         Rope(op="rope", name="5", tokens=5, num_qo_heads=4, num_kv_heads=2),
+        Grouped(op="grouped_matmul", name="5", tokens=5, chosen=2, experts=6, outs=72, size=96),
         _rope_append("b2_3", 2, 3, **heads, qk_norm=True),
         dataclasses.replace(_step("b2_40", 2, 40, **heads), num_layers=2),
         dataclasses.replace(_step("b2_40", 2, 40, None, **heads), num_layers=2),

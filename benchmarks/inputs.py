@@ -21,6 +21,7 @@ from benchmarks.cases import (
     Attention,
     Cached,
     Case,
+    Grouped,
     Loop,
     Merge,
     Norm,
@@ -28,6 +29,7 @@ from benchmarks.cases import (
     Rope,
     RopeAppend,
 )
+from jaxattn.grouped_matmul import Groups
 from jaxattn.kv_scales import largest, own_scale, stored
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import Caches
@@ -95,6 +97,14 @@ class NormInputs:
     x: Array  # [rows, hidden]
     residual: Array | None  # of fused_add_rmsnorm
     weight: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupedInputs:
+    x: Array  # [t, size], or [t * chosen, size]
+    weights: Array  # [e, outs, size]
+    groups: Groups  # of t * chosen rows
 
 
 @jax.tree_util.register_dataclass
@@ -187,6 +197,14 @@ def make_inputs(case: Case) -> Any:
             residual = normal(seed + 1, shape=rows) if case.op == "fused_add_rmsnorm" else None
             weight = normal(seed + 2, shape=(case.hidden,))
             return NormInputs(normal(seed, shape=rows), residual, weight)
+        case Grouped():
+            chosen = rng.random((case.tokens, case.experts)).argsort(axis=1)[:, : case.chosen]
+            matrices = (case.experts, case.outs, case.size)
+            return GroupedInputs(
+                normal(seed, shape=(chosen.size if case.apart else case.tokens, case.size)),
+                _normal(seed + 1, case.size**-0.5, shape=matrices, dtype=case.dtype),
+                Groups.of(_int32(chosen.reshape(-1)), case.experts),
+            )
         case RopeAppend():
             pages = _pages((case.kv_len,) * case.batch, case.page_size, rng)
             kv_heads = (case.num_kv_heads, case.head_dim)

@@ -19,7 +19,18 @@ import numpy as np
 from jax import Array
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
+from benchmarks.cases import (
+    Append,
+    Attention,
+    Case,
+    Grouped,
+    Loop,
+    Merge,
+    Norm,
+    Plan,
+    Rope,
+    RopeAppend,
+)
 from benchmarks.inputs import (
     EPS,
     SHOWN_LAYERS,
@@ -104,6 +115,9 @@ def _expected(case: Case, x: Any) -> Sequence[Array]:
         case Norm():
             norm = jax.jit(functools.partial(reference.rmsnorm, eps=EPS))
             return [norm(*float32((x.x, x.weight)))]
+        case Grouped():
+            product = jax.jit(reference.grouped_matmul)
+            return [product(*float32((x.x, x.weights)), x.groups.order, x.groups.ends)]
         case Rope():
             rope = jax.jit(functools.partial(reference.rope, interleave=False))
             return rope(*float32((x.query, x.key)), x.positions, x.cos_sin_cache)

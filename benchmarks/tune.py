@@ -27,7 +27,15 @@ from benchmarks.providers import jaxattn as ours
 from benchmarks.timing import Call
 from benchmarks.work import work
 from jaxattn.kernels.mosaic import attention as mosaic_attention
-from jaxattn.kernels.triton import append, attention, merge, rmsnorm, rope, rope_append
+from jaxattn.kernels.triton import (
+    append,
+    attention,
+    grouped_matmul,
+    merge,
+    rmsnorm,
+    rope,
+    rope_append,
+)
 
 Config = dict[str, Any]  # the fields that differ from the default
 
@@ -74,6 +82,16 @@ SPACES: dict[str, Space] = {
     ),
     "rmsnorm": Space(rmsnorm, _NORM),
     "fused_add_rmsnorm": Space(rmsnorm, _NORM),
+    "grouped_matmul": Space(
+        grouped_matmul,
+        dict(
+            block_rows=(16, 64, 128),
+            block_cols=(32, 64, 128, 256),
+            block_k=(64, 128),
+            num_warps=(4, 8),
+            num_stages=(3, 4, 5),
+        ),
+    ),
     "rope": Space(rope, _HEADS),
     "rope_append": Space(rope_append, _HEADS),
 }

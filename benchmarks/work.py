@@ -6,7 +6,18 @@ pairs (query, key) that the mask admits; the softmax is not counted. Other ops h
 
 import dataclasses
 
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
+from benchmarks.cases import (
+    Append,
+    Attention,
+    Case,
+    Grouped,
+    Loop,
+    Merge,
+    Norm,
+    Plan,
+    Rope,
+    RopeAppend,
+)
 from jaxattn.work_list import WorkItem
 
 ITEMSIZE = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
@@ -98,6 +109,15 @@ def work(case: Case) -> Work:
                 None,
                 f"bytes: {arrays} x rows x hidden + weight",
             )
+        case Grouped():
+            rows = case.tokens * case.chosen
+            matrices = experts_read(case.experts, case.chosen, case.tokens) * case.outs
+            operands = (matrices + (rows if case.apart else case.tokens)) * case.size
+            return Work(
+                round(operands * size) + 4 * rows * case.outs,
+                2 * rows * case.outs * case.size,
+                "bytes: x + the matrices that some row is expected to choose + float32 rows written",
+            )
         case Rope():
             heads = case.num_qo_heads + case.num_kv_heads
             return Work(
@@ -137,12 +157,16 @@ def work(case: Case) -> Work:
 
 
 def _feed_forwards(case: Loop) -> tuple[float, float]:
-    """(feed-forwards of a layer that a step reads, those that a request goes through).
-
-    Where a router chooses k of e experts, each as likely as another and for each request by itself, an expert is read
-    unless no request chose it: e (1 - (1 - k / e)^b) of them on average.
-    """
+    """(feed-forwards of a layer that a step reads, those that a request goes through)."""
     if not case.experts:
         return 1, 1
-    missed = (1 - case.experts_per_token / case.experts) ** case.batch
-    return case.experts * (1 - missed), case.experts_per_token
+    chosen = case.experts_per_token
+    return experts_read(case.experts, chosen, case.batch), chosen
+
+
+def experts_read(experts: int, chosen: int, tokens: int) -> float:
+    """Of e experts those that some token chose, on average, where each of t tokens chooses k of them by itself.
+
+    e (1 - (1 - k / e)^t), if each is as likely as another.
+    """
+    return experts * (1 - (1 - chosen / experts) ** tokens)

@@ -67,6 +67,9 @@ class Generator:
     needs more pages than there are replaces the cache, and one that fails frees it; neither ever holds two. With
     `num_pages` and `max_context` given, nothing grows but the cache of windows that are not the widest.
 
+    LongRoPE has other frequencies for contexts beyond the length that its model began with. A call takes those of the
+    longest context that one of its requests may reach, prompt and new tokens: keys in the cache keep theirs.
+
     Compiled programs are kept by the process, the 32 used last, for every Generator of a like model. Calls share one if
     their sizes round to the same and their sampling is the same: other lengths and tokens do not compile again.
 

@@ -49,6 +49,7 @@ def test_select_refuses_what_does_not_exist():
 def test_both_runs_cover_every_op():
     ops = {"decode", "decode_step", "decode_loop", "prefill", "append", "merge_states"}
     ops |= {"rmsnorm", "fused_add_rmsnorm", "rope", "rope_append", "plan_decode"}
+    ops |= {"grouped_matmul"}
     assert {c.op for c in SMOKE} == ops == {c.op for c in cases.select()}
 
 
@@ -111,6 +112,10 @@ def test_work_of_the_others():
     # 40 heads of 256 bytes read and written, a row of 128 float32, a position.
     assert work(case("rope", "rope/16384")).bytes == 16384 * (2 * 40 * 256 + 512 + 4)
     assert work(case("rope_append", "b32_1/")).bytes == 32 * (2 * 48 * 256 + 512 + 8)
+    # A token reads the 8 experts that it chose, of 1536 x 2048 x 2 bytes each, and 8 rows of float32 are written.
+    one = work(case("grouped_matmul", "qwen3_30b_up_1/"))
+    assert one.bytes == 8 * 1536 * 2048 * 2 + 2048 * 2 + 8 * 1536 * 4
+    assert one.flops == 2 * 8 * 1536 * 2048
 
 
 def test_work_of_fp8_caches():

@@ -118,7 +118,7 @@ def test_in_a_decode_loop():
 
 
 def test_no_more_experts_for_a_token_than_there_are():
-    with pytest.raises(ValueError, match="self.experts_per_token=5, self.num_experts=4"):
+    with pytest.raises(ValueError, match="experts_per_token=5, num_experts=4"):
         MixtureOfExperts(4, 5, INNER)
 
 

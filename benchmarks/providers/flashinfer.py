@@ -18,6 +18,7 @@ from benchmarks.cases import (
     Attention,
     Cached,
     Case,
+    Grouped,
     Loop,
     Merge,
     Norm,
@@ -37,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def build(case: Case, inputs: Any) -> dict[str, Callable[[], Call]]:
-    if jax.default_backend() != "gpu" or isinstance(case, Loop | Plan):
+    if jax.default_backend() != "gpu" or isinstance(case, Grouped | Loop | Plan):
         return {}
     if isinstance(case, Cached) and case.kv_dtype:
         # Its append casts and scales nothing, and no kernel of its takes a scale for each token.

@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxattn as ja
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
+from benchmarks.cases import (
+    Append,
+    Attention,
+    Case,
+    Grouped,
+    Loop,
+    Merge,
+    Norm,
+    Plan,
+    Rope,
+    RopeAppend,
+)
 from benchmarks.inputs import (
     EPS,
     AttentionInputs,
@@ -27,6 +38,7 @@ from benchmarks.inputs import (
 )
 from benchmarks.timing import Call
 from jaxattn.generate import Requests, Sampling, State, decode_steps
+from jaxattn.grouped_matmul import grouped_matmul
 from jaxattn.kernels.mosaic import serves
 from jaxattn.models import decoder
 
@@ -85,6 +97,9 @@ def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool 
         case Norm():
             norm = jax.jit(functools.partial(ja.rmsnorm, eps=EPS, backend=backend))
             return Call(lambda: (norm(x.x, x.weight),))
+        case Grouped():
+            product = jax.jit(functools.partial(grouped_matmul, backend=backend))
+            return Call(lambda: (product(x.x, x.weights, x.groups),))
         case Rope():
 
             def rope(query, key, positions, table):

@@ -80,6 +80,7 @@ class Checkpoint:
             )
         renamed = {name: rename(name) if rename else name for name in self._file_of}
         self._stored = {new: name for name, new in renamed.items() if new is not None}
+        self._last: tuple[Path, Any, Set[str]] | None = None
 
     @property
     def names(self) -> Set[str]:
@@ -95,21 +96,29 @@ class Checkpoint:
           TypeError: a tensor of another dtype.
         """
         name = self._stored[name]
-        with _open(self._file_of[name]) as tensors:
-            if name not in tensors.keys():
-                file = self._file_of[name].name
-                raise ValueError(f"{INDEX} places {name!r} in {file}, which does not hold it")
-            came = tuple(tensors.get_slice(name).get_shape())
-            if came != shape:
-                raise ValueError(
-                    f"tensor {name!r} must have shape {list(shape)} (config.json); got {list(came)}"
-                )
-            tensor = tensors.get_tensor(name)
+        tensors, held = self._tensors(self._file_of[name])
+        if name not in held:
+            file = self._file_of[name].name
+            raise ValueError(f"{INDEX} places {name!r} in {file}, which does not hold it")
+        came = tuple(tensors.get_slice(name).get_shape())
+        if came != shape:
+            raise ValueError(
+                f"tensor {name!r} must have shape {list(shape)} (config.json); got {list(came)}"
+            )
+        tensor = tensors.get_tensor(name)
         if tensor.dtype.name not in dtypes:
             raise TypeError(
                 f"tensor {name!r} must be one of {', '.join(dtypes)}; got {tensor.dtype.name}"
             )
         return tensor
+
+    def _tensors(self, path: Path) -> tuple[Any, Set[str]]:
+        """An open file and the names of its tensors. The last one stays open: what is read next is mostly in it, and
+        opening takes milliseconds, once for each projection of each of some thousand experts."""
+        if self._last is None or self._last[0] != path:
+            tensors = _open(path)
+            self._last = path, tensors, frozenset(tensors.keys())
+        return self._last[1:]
 
 
 def _open(path: Path) -> Any:

@@ -71,7 +71,7 @@ class Source:
             return np.concatenate([x.astype(dtype) for x in stored])
         built = self.build(*stored)
         assert built.shape == self.shape, (self.tensors, built.shape, self.shape)
-        return built.astype(dtype)
+        return built.astype(dtype, copy=False)
 
 
 def tensor(name: str, *shape: int) -> Source:

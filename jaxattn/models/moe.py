@@ -73,7 +73,7 @@ class MixtureOfExperts:
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 "experts_per_token must be at least 1 and at most num_experts; got "
-                f"{self.experts_per_token=}, {self.num_experts=}"
+                f"experts_per_token={self.experts_per_token}, num_experts={self.num_experts}"
             )
 
     def __call__(
