@@ -28,6 +28,20 @@ _BIAS, _MANTISSA_BITS = 127, 23  # of float32
 _TOTAL_EXPONENT = 29
 
 
+class Limits(NamedTuple):
+    """Which tokens of a row are kept, [b] each; None: no row is limited so."""
+
+    rate: Array | None = None  # float32, log2(e) / temperature; None: 1 for probabilities
+    top_k: Array | None = None  # int32, at least 1; the vocabulary or more: all
+    top_p: Array | None = None  # float32 in (0, 1]; 1: all
+    min_p: Array | None = None  # float32 in [0, 1], of the likeliest token's probability
+
+    @property
+    def searched(self) -> bool:
+        """Whether a threshold depends on how many tokens, or how much mass, is above it."""
+        return self.top_k is not None or self.top_p is not None
+
+
 class Mass(NamedTuple):
     """`high + low / 2^12`, int32 both; parts that were only added may have a low of more than 12 bits."""
 

@@ -33,6 +33,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxattn.kernels.triton._launch import Out, launch
 from jaxattn.kernels.triton._rows import load, pow2, store
 from jaxattn.token_mass import (
+    Limits,
     Mass,
     cleaned,
     digits_of,
@@ -84,19 +85,6 @@ def default_config(rows: int, vocab: int) -> Config:
     )
 
 
-class Limits(NamedTuple):
-    """What each row keeps, [b] each; None: no row is limited so."""
-
-    rate: jax.Array | None  # float32, log2(e) / temperature; of logits
-    top_k: jax.Array | None  # int32, at least 1; the vocabulary or more: all
-    top_p: jax.Array | None  # float32 in (0, 1]; 1: all
-    min_p: jax.Array | None  # float32 in [0, 1)
-
-    @property
-    def searched(self) -> bool:
-        return self.top_k is not None or self.top_p is not None
-
-
 class Chunks(NamedTuple):
     """What the first kernel says of each chunk, float32 [b, chunks]."""
 
@@ -140,7 +128,10 @@ class Rows:
 
     def over_chunk(self, row, chunk, block, init, unless: Any = False):
         """Folds block(values, *carry) over a chunk's values, unless there is no need."""
-        size, loads = self.config.block, min(self.config.loads, self.config.chunk // self.config.block)
+        size, loads = (
+            self.config.block,
+            min(self.config.loads, self.config.chunk // self.config.block),
+        )
         begin = chunk * self.config.chunk
         end = jnp.where(unless, begin, jnp.minimum(begin + self.config.chunk, self.vocab))
 
@@ -330,7 +321,8 @@ def _narrow(rows: Rows, *, chunks: Chunks, last: Pass | None, this: Pass):
     def add(values, *above):
         key = key_of(values)
         weight = jnp.where(by_count, 1.0, facts.weight(values))
-        return tuple(a + jnp.where(key > p, weight, 0.0) for a, p in zip(above, pivot))
+        # The sum chosen, not the summand: an addition with a predicate.
+        return tuple(jnp.where(key > p, a + weight, a) for a, p in zip(above, pivot))
 
     init = (jnp.zeros(block, jnp.float32),) * pivots
     done = middle(low, high) == low
@@ -384,43 +376,66 @@ class Inside:
     facts: Row
     gathered: Gathered  # refs
     row: Any
-    count: jax.Array  # int32 [chunks]
-    above: Mass  # of the row
+    above: Mass  # of the tokens above the bracket
+
+    @property
+    def count(self):
+        """int32 [chunks]"""
+        return self.rows.of_chunks(self.gathered.count, self.row)
 
     def fold(self, tile, init):
-        """Folds tile(keys [chunks, some], *carry) over the keys; where there is none, the key is less than any."""
-        rows = self.rows
-        chunk, _ = rows.each_chunk()
-        some = max(1, rows.config.gathered // chunk.size)
-        first = (self.row * rows.chunks + chunk) * rows.config.chunk
+        """Folds tile(keys [chunks * some], carry) over the keys; where there is none, the key is less than any.
+
+        One axis, as a sum over two is two sums, each with a barrier.
+        """
+        rows, chunks = self.rows, pow2(self.rows.chunks)
+        some = max(1, rows.config.gathered // chunks)
+        element = jnp.arange(chunks * some, dtype=jnp.int32)
+        chunk, place = element // some, element % some
+        there = None if chunks == rows.chunks else chunk < rows.chunks
+        count = load(self.gathered.count, (self.row, chunk), there)
+        first = (self.row * rows.chunks + chunk) * rows.config.chunk + place
 
         def step(i, carry):
-            place = i * some + jnp.arange(some, dtype=jnp.int32)
-            exist = place[None, :] < self.count[:, None]
-            keys = load(self.gathered.keys, first[:, None] + place[None, :], exist, -LARGEST - 1)
-            return tile(keys, *carry)
+            exist = i * some + place < count
+            keys = load(self.gathered.keys, first + i * some, exist, -LARGEST - 1)
+            return tile(keys, carry)
 
-        return jax.lax.fori_loop(0, (jnp.max(self.count) + some - 1) // some, step, init)
+        steps = (jnp.max(self.count) + some - 1) // some
+        return jax.lax.fori_loop(
+            0, steps, step, jax.tree.map(lambda x: jnp.full(element.size, x, jnp.int32), init)
+        )
 
     def above_key(self, t, *, mass: bool) -> tuple[Any, Mass]:
         """How many gathered keys are above t; and the mass of all tokens above it, if asked for."""
 
-        def add(keys, count, *parts):
+        def add(keys, carry):
+            count, parts = carry
             chosen = keys > t
-            if mass:
-                each = self.facts.mass(value_of(keys))
-                parts = tuple(
-                    a + jnp.sum(jnp.where(chosen, b, 0), axis=1) for a, b in zip(parts, each)
-                )
-            return count + jnp.sum(chosen.astype(jnp.int32), axis=1), *parts
+            each = self.facts.mass(value_of(keys)) if mass else ()
+            parts = tuple(a + jnp.where(chosen, b, 0) for a, b in zip(parts, each))
+            return count + chosen.astype(jnp.int32), parts
 
-        zeros = jnp.zeros_like(self.count)
-        count, *parts = self.fold(add, (zeros,) * (3 if mass else 1))
-        parts = map(jnp.sum, parts)
-        return jnp.sum(count), self.above.plus(Mass(*parts)) if mass else self.above
+        count, parts = self.fold(add, (0, (0, 0) if mass else ()))
+        above = self.above.plus(Mass(*map(jnp.sum, parts)).carried()) if mass else self.above
+        return jnp.sum(count), above
 
-    def search(self, low, high, enough, *, mass: bool):
-        """The least key t in (low, high] for which enough(what is above t), where that is so at high."""
+    def at_least(self, t) -> Mass:
+        """The mass, by chunk, of the gathered keys from t on."""
+
+        def add(keys, parts):
+            each = self.facts.mass(value_of(keys))
+            return tuple(a + jnp.where(keys >= t, b, 0) for a, b in zip(parts, each))
+
+        shape = pow2(self.rows.chunks), -1
+        parts = self.fold(add, (0, 0))
+        return Mass(*(jnp.sum(part.reshape(shape), axis=1) for part in parts)).carried()
+
+    def search(self, low, high, above_low, above_high, enough, *, mass: bool):
+        """The least key t in (low, high] for which enough(*above_key(t)), where that is so at high.
+
+        above_low, above_high: how many gathered keys are above low, and above high.
+        """
 
         def unsettled(state):
             low, high, above_low, above_high = state
@@ -438,15 +453,14 @@ class Inside:
                 jnp.where(yes, count, above_high),
             )
 
-        counts = [self.above_key(t, mass=False)[0] for t in (low, high)]
-        low, high, *_ = jax.lax.while_loop(unsettled, halve, (low, high, *counts))
+        state = low, high, above_low, above_high
+        low, high, *_ = jax.lax.while_loop(unsettled, halve, state)
+
+        def largest(keys, found):
+            return jnp.maximum(found, jnp.where(keys <= high, keys, found))
 
         # The one key that is left, if there is one.
-        def largest(keys, found):
-            return (jnp.maximum(found, jnp.max(jnp.where(keys <= high, keys, low + 1), axis=1)),)
-
-        found = self.fold(largest, (jnp.full_like(self.count, low + 1),))[0]
-        return jnp.max(found)
+        return jnp.max(self.fold(largest, low + 1))
 
 
 def middle(low, high):
@@ -478,38 +492,34 @@ def _finish(
         return Mass(*map(jnp.sum, parts)).carried()
 
     above = masses(gathered.above)
-    count = rows.of_chunks(gathered.count, row)
-    inside = Inside(rows, facts, gathered, row, count, summed(above))
+    inside = Inside(rows, facts, gathered, row, summed(above))
     low, high = bracket.low[row], bracket.high[row]
-    threshold = low + 1
+    threshold, at_least = low + 1, jnp.sum(inside.count)
     total = summed(masses(gathered.total))
     if limits.top_k is not None:
-        by_count = facts.by_count
+        high_k = jnp.where(facts.by_count, high, low)
+        above_high, _ = inside.above_key(high_k, mass=False)
         threshold = inside.search(
-            low, jnp.where(by_count, high, low), lambda n, _: n < facts.top_k, mass=False
+            low, high_k, at_least, above_high, lambda count, _: count < facts.top_k, mass=False
         )
-        if limits.top_p is not None and not joint:
-            _, of_k = inside.above_key(threshold - 1, mass=True)
-            total = Mass(*(jnp.where(by_count, a, b) for a, b in zip(of_k, total)))
-        high = jnp.where(by_count, key_of(facts.peak), high)
+        if limits.top_p is not None:
+            at_least, of_k = inside.above_key(threshold - 1, mass=True)
+            if not joint:
+                total = Mass(*(jnp.where(facts.by_count, a, b) for a, b in zip(of_k, total)))
+            high = jnp.where(facts.by_count, key_of(facts.peak), high)
     if limits.top_p is not None:
         asked, left_out = share(total, digits_of(jnp.minimum(facts.top_p, BELOW_ONE)))
         asked = asked.plus(Mass(jnp.int32(0), left_out.astype(jnp.int32)))
-        high = jnp.where(facts.top_p < 1, jnp.maximum(high, threshold - 1), threshold - 1)
+        low = threshold - 1
+        high = jnp.where(facts.top_p < 1, high, low)
         threshold = inside.search(
-            threshold - 1, high, lambda _, mass: mass.less_than(asked), mass=True
+            low, high, at_least, jnp.int32(0), lambda _, mass: mass.less_than(asked), mass=True
         )
     if limits.min_p is not None:
         threshold = jnp.maximum(threshold, facts.floor)
     threshold_ref[row] = threshold
 
-    def keep(keys, *parts):
-        each = facts.mass(value_of(keys))
-        return tuple(
-            a + jnp.sum(jnp.where(keys >= threshold, b, 0), axis=1) for a, b in zip(parts, each)
-        )
-
-    kept = Mass(*inside.fold(keep, tuple(above))) if limits.searched else above
+    kept = above.plus(inside.at_least(threshold)) if limits.searched else above
     all_kept = summed(kept)
     kept_ref[row] = all_kept.weight(facts.scale)
     if digits_ref is None:
@@ -534,8 +544,6 @@ def _finish(
 
     token, _ = jax.lax.fori_loop(0, rows.config.chunk // size, scan, (begin, passed))
     token_ref[row] = jnp.where((all_kept.high | all_kept.low) > 0, token, -1)
-
-
 
 
 def select(
