@@ -27,7 +27,16 @@ from benchmarks.providers import jaxattn as ours
 from benchmarks.timing import Call
 from benchmarks.work import work
 from jaxattn.kernels.mosaic import attention as mosaic_attention
-from jaxattn.kernels.triton import append, attention, merge, rmsnorm, rope, rope_append
+from jaxattn.kernels.triton import (
+    activation,
+    append,
+    attention,
+    merge,
+    rmsnorm,
+    rope,
+    rope_append,
+    sampling,
+)
 
 Config = dict[str, Any]  # the fields that differ from the default
 
@@ -76,6 +85,18 @@ SPACES: dict[str, Space] = {
     "fused_add_rmsnorm": Space(rmsnorm, _NORM),
     "rope": Space(rope, _HEADS),
     "rope_append": Space(rope_append, _HEADS),
+    "sampling": Space(
+        sampling,
+        dict(
+            chunk=(2048, 4096, 8192),
+            num_warps=(1, 2),
+            loads=(2, 4, 8),
+            pivots=(8, 12, 16),
+            passes=(1, 2, 3),
+            finish_warps=(2, 4, 8),
+        ),
+    ),
+    "silu_and_mul": Space(activation, dict(block=(512, 1024, 2048, 4096), num_warps=(1, 2, 4, 8))),
 }
 TARGETS = {"NVIDIA H200": "h200", "NVIDIA H100": "h200", "NVIDIA A100": "a100"}  # by architecture
 

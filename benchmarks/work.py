@@ -6,7 +6,19 @@ pairs (query, key) that the mask admits; the softmax is not counted. Other ops h
 
 import dataclasses
 
-from benchmarks.cases import Append, Attention, Case, Loop, Merge, Norm, Plan, Rope, RopeAppend
+from benchmarks.cases import (
+    Activation,
+    Append,
+    Attention,
+    Case,
+    Loop,
+    Merge,
+    Norm,
+    Plan,
+    Rope,
+    RopeAppend,
+    Sample,
+)
 from jaxattn.work_list import WorkItem
 
 ITEMSIZE = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
@@ -112,6 +124,16 @@ def work(case: Case) -> Work:
                 + kv_bytes(case, case.num_tokens),
                 None,
                 "bytes: q + k + v read and written + float32 table row and 8 of indices per token",
+            )
+        case Sample():
+            return Work(
+                case.batch * (case.vocab * size + 4), None, "bytes: rows read + a token of each"
+            )
+        case Activation():
+            return Work(
+                3 * case.tokens * case.hidden * size,
+                None,
+                "bytes: 2 x tokens x hidden read + 1 x tokens x hidden written",
             )
         case Loop():
             q, kv = case.num_qo_heads * case.head_dim, case.num_kv_heads * case.head_dim

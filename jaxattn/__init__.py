@@ -1,5 +1,8 @@
 """Paged attention, norms and rotary embeddings for serving language models in JAX."""
 
+from jaxattn.activation import gelu_and_mul as gelu_and_mul
+from jaxattn.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
+from jaxattn.activation import silu_and_mul as silu_and_mul
 from jaxattn.append import append_paged_kv_cache as append_paged_kv_cache
 from jaxattn.append import rope_append_paged_kv_cache as rope_append_paged_kv_cache
 from jaxattn.attention import paged_decode as paged_decode
@@ -69,3 +72,13 @@ from jaxattn.rope import (
     apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
 )
 from jaxattn.rope import precompute_freqs_cis as precompute_freqs_cis
+from jaxattn.sampling import min_p_sampling_from_probs as min_p_sampling_from_probs
+from jaxattn.sampling import sampling_from_logits as sampling_from_logits
+from jaxattn.sampling import sampling_from_probs as sampling_from_probs
+from jaxattn.sampling import top_k_mask_logits as top_k_mask_logits
+from jaxattn.sampling import top_k_renorm_probs as top_k_renorm_probs
+from jaxattn.sampling import top_k_sampling_from_probs as top_k_sampling_from_probs
+from jaxattn.sampling import top_k_top_p_sampling_from_logits as top_k_top_p_sampling_from_logits
+from jaxattn.sampling import top_k_top_p_sampling_from_probs as top_k_top_p_sampling_from_probs
+from jaxattn.sampling import top_p_renorm_probs as top_p_renorm_probs
+from jaxattn.sampling import top_p_sampling_from_probs as top_p_sampling_from_probs

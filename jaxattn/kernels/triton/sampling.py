@@ -18,17 +18,15 @@ A row that keeps by count is gathered from its bracket upwards: all that top_p t
 not searched. So a row is read four times, two where all rows keep all, from memory once and from L2 where the batch fits there.
 Each kernel sums up for itself what the last one left of each chunk, which costs less than a kernel that does it for all.
 
-Grid: (chunks, b), and (b) to finish.
+Grid: (b, chunks), and (b) to finish.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels.triton._launch import Out, launch
 from jaxattn.kernels.triton._rows import load, pow2, store
@@ -281,7 +279,7 @@ def _bracket(rows: Rows, row_facts: Row, last: Pass | None, row):
 
 def _measure(rows: Rows, *, chunks: Chunks):
     """The peak, the least and the total of a chunk."""
-    chunk, row = pl.program_id(0), pl.program_id(1)
+    row, chunk = pl.program_id(0), pl.program_id(1)
     block, logits = rows.config.block, rows.logits
     none = nothing(logits)
     rate = jnp.float32(1) if rows.limits.rate is None else rows.limits.rate[row]
@@ -305,7 +303,7 @@ def _measure(rows: Rows, *, chunks: Chunks):
 
 def _narrow(rows: Rows, *, chunks: Chunks, last: Pass | None, this: Pass):
     """What lies above each pivot, in a chunk."""
-    chunk, row = pl.program_id(0), pl.program_id(1)
+    row, chunk = pl.program_id(0), pl.program_id(1)
     pivots, block = rows.config.pivots, rows.config.block
     facts = Row.of(rows, chunks, row)
     low, high = _bracket(rows, facts, last, row)
@@ -332,7 +330,7 @@ def _narrow(rows: Rows, *, chunks: Chunks, last: Pass | None, this: Pass):
 
 def _gather(rows: Rows, *, chunks: Chunks, last: Pass | None, bracket: Bracket, gathered: Gathered):
     """The keys of a chunk inside the bracket, and the masses of the chunk and above the bracket."""
-    chunk, row = pl.program_id(0), pl.program_id(1)
+    row, chunk = pl.program_id(0), pl.program_id(1)
     facts = Row.of(rows, chunks, row)
     low, high = _bracket(rows, facts, last, row)
 
@@ -590,17 +588,17 @@ def select(
     by_chunk, by_row = (b, chunks), (b,)
     f32, i32 = jnp.float32, jnp.int32
     facts = Chunks(*(Out(by_chunk, f32),) * 3)
-    facts = run(_measure, by_chunk[::-1], {}, dict(chunks=facts))["chunks"]
+    facts = run(_measure, by_chunk, {}, dict(chunks=facts))["chunks"]
     bracket, last = Bracket(*(Out(by_row, i32),) * 2), None
     for _ in range(config.passes if limits.searched else 0):
         this = Pass(bracket, Out((b, config.pivots, chunks), f32))
         inputs = dict(chunks=facts, last=last)
-        last = run(_narrow, by_chunk[::-1], inputs, dict(this=this))["this"]
+        last = run(_narrow, by_chunk, inputs, dict(this=this))["this"]
     mass = Mass(*(Out(by_chunk, i32),) * 2)
     gathered = Gathered(Out((b * chunks * config.chunk,), i32), Out(by_chunk, i32), mass, mass)
     left = run(
         _gather,
-        by_chunk[::-1],
+        by_chunk,
         dict(chunks=facts, last=last),
         dict(bracket=bracket, gathered=gathered),
     )
