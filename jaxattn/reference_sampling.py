@@ -1,7 +1,7 @@
 """Plain jnp definitions of the sampling ops: by a sort of the vocabulary, which the kernels do without.
 
-What a key and a mass are is said in `token_mass.py`; kernels and these agree to the bit on probabilities, and on logits as
-far as `exp2` does.
+What a key and a mass are is said in `token_mass.py`; kernels and these agree to the bit on probabilities, and on logits
+as far as `exp2` does.
 """
 
 import jax.numpy as jnp

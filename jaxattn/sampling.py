@@ -1,18 +1,19 @@
 """Draws tokens from logits or probabilities: top-k, top-p and min-p, without a sort on a GPU.
 
-Names and meaning are FlashInfer's. A token is drawn by one uniform number a row, that of its key: the same key gives the same
-token, alone or in a batch, and on every backend (from logits: unless `exp2` rounds otherwise where two tokens meet).
-Probabilities are added as integers (`token_mass.py`), so a set's border depends on no order of additions.
+Names and meaning are FlashInfer's. A token is drawn by one uniform number a row, that of its key: the same key gives
+the same token, alone or in a batch, and on every backend (from logits: unless `exp2` rounds otherwise where two tokens
+meet). Probabilities are added as integers (`token_mass.py`), so a set's border depends on no order of additions.
 
 What is kept, in all of them:
 
 - **top_k**: the tokens that fewer than top_k others exceed; a top_k of the vocabulary or more keeps all.
-- **top_p** (nucleus; Holtzman et al. 2020): the tokens above which less than top_p of the row's mass lies; 1 keeps all. Rows need
-  not add up to 1.
-- **min_p**: the tokens that have at least min_p of the likeliest one's probability.
-- Ties with the last token that is kept are kept. The likeliest token always is. A probability of 0, or less, or infinite, or NaN,
-  and a logit of -inf or NaN, is never drawn; a row of only these gives the token -1.
-- Limits are numbers, or arrays [b] of one for each row; those on a device are not checked but clipped to their range.
+- **top_p** (nucleus; Holtzman et al. 2020): the tokens above which less than top_p of the row's mass lies; 1 keeps all.
+  Rows need not add up to 1.
+- **min_p**: the tokens that have at least min_p of the likeliest one's probability (Nguyen et al. 2024).
+- Ties with the last token that is kept are kept. The likeliest token always is. A probability that is not positive and
+  finite, and a logit of -inf or NaN, is never drawn; a row of only these gives the token -1.
+- Limits are numbers, or arrays [b] of one for each row. Those that the host holds must be in their range; those on a
+  device are not looked at, but clipped to it.
 """
 
 import math

@@ -1,22 +1,25 @@
 """Which tokens of each row are likely enough, and one of them drawn; no sort.
 
-A row is a request's logits or probabilities. Its kept tokens are those whose key is at least a threshold, the least key t for
-which what lies above it is little enough:
+A row is a request's logits or probabilities. Its kept tokens are those whose key is at least a threshold: the least
+key t above which little enough lies,
 
-    by count:  |{i : key_i > t}| < top_k            by mass:  sum of mass_i over {i : key_i > t} < top_p * total
+    by count:  |{i : key_i > t}| < top_k        by mass:  sum of mass_i over {i : key_i > t}  <  top_p * total
 
-so ties with the last kept token are kept. Rows are cut into chunks, a program each, and the search narrows a bracket low < t <= high:
+so ties with the last kept token are kept. Rows are cut into chunks, a program each, and the search narrows a bracket
+low < t <= high:
 
 1. `_measure`: the peak, the least value and the total weight of each chunk.
-2. `_narrow`, twice: what lies above each of `pivots` values between low and high. The next kernel takes the narrowest bracket
-   that these sums, in float32, leave no doubt about. Two passes of 16 pivots leave a 289th of the range.
+2. `_narrow`, twice: what lies above each of `pivots` keys between low and high. The next kernel takes the narrowest
+   bracket that these sums, in float32, leave no doubt about: a 289th of the range after two passes of 16 pivots.
 3. `_gather`: the keys inside the bracket, some hundred of a row, and the exact mass above it.
-4. `_finish`, one program a row: bisects what was gathered. To draw, the kept masses of all chunks find one chunk, and a scan
-   of it the token: the first whose running sum exceeds a random share of the kept mass.
+4. `_finish`, one program a row: bisects what was gathered. To draw, the kept masses of all chunks find one chunk, and a
+   scan of it the token: the first whose running sum exceeds a random share of the kept mass.
 
-A row that keeps by count is gathered from its bracket upwards: all that top_p then has to look at. A row that keeps all is
-not searched. So a row is read four times, two where all rows keep all, from memory once and from L2 where the batch fits there.
-Each kernel sums up for itself what the last one left of each chunk, which costs less than a kernel that does it for all.
+A row that keeps by count is gathered from its bracket upwards, all that top_p then has to look at: it is slow for a
+top_k of many thousands. A row that keeps all is not searched. So a row is read four times, or two where all rows keep
+all, from memory once and then from L2, as long as the batch fits there. One kernel would have to wait for all programs
+of a row four times, and nothing says that they all run; a launch costs less than a pass. Each kernel sums up for itself
+what the last one left of each chunk.
 
 Grid: (b, chunks), and (b) to finish.
 """
@@ -226,7 +229,7 @@ class Row:
 
     def pivot(self, low, high, i, pivots: int):
         """The i-th of some keys between low and high, evenly spaced in the logarithm of the probability."""
-        part = (i + 1) / jnp.float32(pivots + 1)
+        part = (i + 1).astype(jnp.float32) / (pivots + 1)
         if self.logits:
             a, b = (jnp.clip(value_of(key), -FAR, FAR) for key in (low, high))
             key = key_of(cleaned(a + (b - a) * part, True))
