@@ -497,9 +497,9 @@ def _sampling(vocab: int, logits: bool, dtype: Any = jnp.float32, **limits: None
         if logits:
             return ja.sampling_from_logits(rows, key, **given)
         if names == ["top_k", "top_p"]:
-            return ja.top_k_top_p_sampling_from_probs(rows, *arrays, key)
+            return ja.top_k_top_p_sampling_from_probs(rows, arrays[0], arrays[1], key)
         if names:
-            return ja.top_p_sampling_from_probs(rows, *arrays, key)
+            return ja.top_p_sampling_from_probs(rows, arrays[0], key)
         return ja.sampling_from_probs(rows, key)
 
     return draw, (_struct(batch, vocab, dtype=dtype), *arrays)

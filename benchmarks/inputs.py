@@ -211,9 +211,10 @@ def make_inputs(case: Case) -> Any:
             )
         case Sample():
             logits = _normal(seed, shape=(case.batch, case.vocab), dtype="float32")
-            rows = logits * case.deviation
-            rows = rows if case.logits else jax.nn.softmax(rows, axis=-1)
-            return SampleInputs(rows.astype(case.dtype), jax.random.key(seed))
+            drawn_from = logits * case.deviation
+            if not case.logits:
+                drawn_from = jax.nn.softmax(drawn_from, axis=-1)
+            return SampleInputs(drawn_from.astype(case.dtype), jax.random.key(seed))
         case Activation():
             return normal(seed, shape=(case.tokens, 2 * case.hidden))
         case Loop():

@@ -164,8 +164,9 @@ def top_k_mask_logits(logits: Array, top_k: PerRow, *, backend: str | None = Non
     _check_rows("logits", logits)
 
     def kernel(logits: Array, limits: Limits, *, interpret: bool) -> Array:
-        how = dict(logits=True, joint=False, interpret=interpret)
-        least, *_ = kernels.select(logits, limits, None, **how)
+        least, *_ = kernels.select(
+            logits, limits, None, logits=True, joint=False, interpret=interpret
+        )
         value = cleaned(logits, True)
         kept = key_of(value) >= least[:, None]
         return jnp.where(kept, value, -jnp.inf).astype(logits.dtype)
@@ -178,8 +179,9 @@ def _renormed(probs: Array, limits: Limits, backend: str | None) -> Array:
     _check_rows("probs", probs)
 
     def kernel(probs: Array, limits: Limits, *, interpret: bool) -> Array:
-        how = dict(logits=False, joint=False, interpret=interpret)
-        least, kept, _ = kernels.select(probs, limits, None, **how)
+        least, kept, _ = kernels.select(
+            probs, limits, None, logits=False, joint=False, interpret=interpret
+        )
         weight = cleaned(probs, False)
         share = weight / jnp.where(kept > 0, kept, 1)[:, None]
         return jnp.where(key_of(weight) >= least[:, None], share, 0).astype(probs.dtype)
@@ -200,9 +202,9 @@ def _draw(
     _check_rows(name, x)
     check_choice("filter_apply_order", order, ORDERS)
     _check_key(key, x.shape[0])
-    how = dict(logits=name == "logits", joint=order == "joint")
+    how: dict[str, Any] = dict(logits=name == "logits", joint=order == "joint")
 
-    def kernel(x: Array, limits: Limits, digits: Array, *, interpret: bool) -> Array:
+    def kernel(x: Array, limits: Limits, digits: Array, *, interpret: bool) -> Array | None:
         return kernels.select(x, limits, digits, interpret=interpret, **how)[2]
 
     def plain(x: Array, limits: Limits, digits: Array) -> Array:

@@ -24,48 +24,37 @@ what the last one left of each chunk.
 Grid: (b, chunks), and (b) to finish.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jaxattn.kernels.triton._gathered import Gathered, Inside
 from jaxattn.kernels.triton._launch import Out, launch
-from jaxattn.kernels.triton._rows import load, pow2, store
+from jaxattn.kernels.triton._rows import pow2, store
+from jaxattn.kernels.triton._token_rows import (
+    Bracket,
+    Chunks,
+    Config,
+    Pass,
+    Row,
+    Rows,
+    bracket_of,
+    middle,
+)
 from jaxattn.token_mass import (
     Limits,
     Mass,
-    cleaned,
     digits_of,
     key_of,
-    mass_of,
     nothing,
-    scale_of,
     share,
-    value_of,
-    value_with_weight,
     weight_of,
 )
 
 LARGEST = 2**31 - 1
-# Float32 sums of positive numbers in whatever order, a thread's run and then a tree, err by less.
-DOUBT = 2e-5
 BELOW_ONE = 1 - 2.0**-24  # the largest float32 that is
-FAR = 1e38  # pivots between infinite logits: halves the distance
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    chunk: int  # elements, a power of two
-    block: int  # elements of a load, a power of two: 4 or more for each lane
-    loads: int  # loads under way together
-    num_warps: int  # one: sums over a warp need no barrier
-    pivots: int  # of a pass
-    passes: int
-    gathered: int  # elements of a row's gathered keys that are looked at together
-    scanned: int  # elements of the chosen chunk, likewise
-    finish_warps: int
 
 
 def default_config(rows: int, vocab: int) -> Config:
@@ -84,200 +73,6 @@ def default_config(rows: int, vocab: int) -> Config:
         scanned=1024,
         finish_warps=4,
     )
-
-
-class Chunks(NamedTuple):
-    """What the first kernel says of each chunk, float32 [b, chunks]."""
-
-    peak: jax.Array
-    least: jax.Array  # of the tokens that can be drawn; inf where there is none
-    total: jax.Array
-
-
-class Gathered(NamedTuple):
-    """What `_gather` leaves."""
-
-    keys: jax.Array  # int32 [b * chunks * chunk], of each chunk from its beginning on
-    count: jax.Array  # int32 [b, chunks], how many
-    total: Mass  # int32 [b, chunks] each, of all tokens
-    above: Mass  # of those above the bracket
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The rows of a call, static but for refs: what every kernel reads."""
-
-    x_ref: Any  # [b, vocab]
-    limits: Limits  # refs
-    logits: bool
-    config: Config
-
-    @property
-    def vocab(self) -> int:
-        return self.x_ref.shape[1]
-
-    @property
-    def chunks(self) -> int:
-        return pl.cdiv(self.vocab, self.config.chunk)
-
-    def values(self, row, begin, size):
-        """Cleaned values of the tokens from `begin` on; beyond the vocabulary, of none that is drawn."""
-        index = begin + jnp.arange(size, dtype=jnp.int32)
-        exist = None if self.vocab % self.config.chunk == 0 else index < self.vocab
-        x = load(self.x_ref, (row, index), exist, nothing(self.logits))
-        return cleaned(x, self.logits)
-
-    def over_chunk(self, row, chunk, block, init, unless: Any = False):
-        """Folds block(values, *carry) over a chunk's values, unless there is no need."""
-        size, loads = (
-            self.config.block,
-            min(self.config.loads, self.config.chunk // self.config.block),
-        )
-        begin = chunk * self.config.chunk
-        end = jnp.where(unless, begin, jnp.minimum(begin + self.config.chunk, self.vocab))
-
-        def step(i, carry):
-            at = begin + i * (size * loads)
-            for values in [self.values(row, at + j * size, size) for j in range(loads)]:
-                carry = block(values, *carry)
-            return carry
-
-        return jax.lax.fori_loop(0, (end - begin + size * loads - 1) // (size * loads), step, init)
-
-    def each_chunk(self):
-        """The numbers of a row's chunks, and which of them exist."""
-        chunk = jnp.arange(pow2(self.chunks), dtype=jnp.int32)
-        return chunk, None if pow2(self.chunks) == self.chunks else chunk < self.chunks
-
-    def of_chunks(self, ref, row, other=0):
-        """ref[row], padded by `other`."""
-        chunk, exist = self.each_chunk()
-        return load(ref, (row, chunk), exist, other)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What is known of a row from its chunks, and what is asked of it: scalars."""
-
-    logits: bool
-    vocab: int
-    peak: Any
-    least: Any
-    total: Any
-    rate: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-
-    @classmethod
-    def of(cls, rows: Rows, chunks: Chunks, row) -> "Row":
-        limits, logits = rows.limits, rows.logits
-        peaks = rows.of_chunks(chunks.peak, row, nothing(logits))
-        peak = jnp.max(peaks)
-        rate = jnp.float32(1) if limits.rate is None else limits.rate[row]
-        totals = rows.of_chunks(chunks.total, row)
-        if logits:  # each relative to its chunk's peak
-            totals = totals * weight_of(peaks, peak, rate, logits)
-        return cls(
-            logits,
-            rows.vocab,
-            peak,
-            jnp.min(rows.of_chunks(chunks.least, row, jnp.inf)),
-            jnp.sum(totals),
-            rate,
-            jnp.int32(rows.vocab) if limits.top_k is None else limits.top_k[row],
-            jnp.float32(1) if limits.top_p is None else limits.top_p[row],
-            None if limits.min_p is None else limits.min_p[row],
-        )
-
-    @property
-    def by_count(self):
-        """Whether the bracket is that of top_k; else that of top_p."""
-        return self.top_k < self.vocab
-
-    @property
-    def scale(self):
-        return scale_of(self.total)
-
-    def weight(self, value):
-        return weight_of(value, self.peak, self.rate, self.logits)
-
-    def mass(self, value) -> Mass:
-        return mass_of(self.weight(value), self.scale)
-
-    def key_with_weight(self, weight):
-        return key_of(value_with_weight(weight, self.peak, self.rate, self.logits))
-
-    @property
-    def floor(self):
-        """The least key that min_p keeps."""
-        peak_weight = jnp.float32(1) if self.logits else self.peak
-        return self.key_with_weight(self.min_p * peak_weight)
-
-    def first_bracket(self):
-        """low < t <= high; where all is kept, no key is between."""
-        peak = key_of(self.peak)
-        low = jnp.minimum(key_of(self.least), peak) - 1
-        # What top_p leaves out weighs at most (1 - top_p) * total: its tokens' mean weight is not above t's.
-        light = self.key_with_weight(0.99 * (1 - self.top_p) * self.total / self.vocab)
-        by_mass = jnp.maximum(low, jnp.minimum(light, peak) - 1)
-        if self.min_p is not None:
-            by_mass = jnp.maximum(by_mass, self.floor - 1)
-        low = jnp.where(self.by_count, low, by_mass)
-        searched = self.by_count | (self.top_p < 1)
-        return low, jnp.where(searched, jnp.maximum(low, peak), low)
-
-    def pivot(self, low, high, i, pivots: int):
-        """The i-th of some keys between low and high, evenly spaced in the logarithm of the probability."""
-        part = (i + 1).astype(jnp.float32) / (pivots + 1)
-        if self.logits:
-            a, b = (jnp.clip(value_of(key), -FAR, FAR) for key in (low, high))
-            key = key_of(cleaned(a + (b - a) * part, True))
-        else:
-            key = low + ((high - low).astype(jnp.float32) * part).astype(jnp.int32)
-        return jnp.clip(key, low, high)
-
-    def narrower(self, low, high, above, pivots: int):
-        """The bracket, when `above` [pivots] lies above the pivots."""
-        count, mass = self.top_k.astype(jnp.float32), self.top_p * self.total
-        pivot = self.pivot(low, high, jnp.arange(pivots, dtype=jnp.int32), pivots)
-        too_low = above >= jnp.where(self.by_count, count, mass * (1 + DOUBT))
-        enough = above < jnp.where(self.by_count, count, mass * (1 - DOUBT))
-        return (
-            jnp.maximum(low, jnp.max(jnp.where(too_low, pivot, low))),
-            jnp.minimum(high, jnp.min(jnp.where(enough, pivot, high))),
-        )
-
-
-class Bracket(NamedTuple):
-    """Keys int32 [b]: low < threshold <= high; the same where all above is kept."""
-
-    low: jax.Array
-    high: jax.Array
-
-
-class Pass(NamedTuple):
-    """What a `_narrow` leaves."""
-
-    bracket: Bracket  # that it searched
-    above: jax.Array  # float32 [b, pivots, chunks], what lies above its pivots
-
-
-def _bracket(rows: Rows, row_facts: Row, last: Pass | None, row):
-    """The bracket that the last pass leaves, or the first one."""
-    if last is None:
-        return row_facts.first_bracket()
-    pivots = rows.config.pivots
-    chunk, exist = rows.each_chunk()
-    shape = pivots, chunk.size
-    index = [
-        jnp.full(shape, row, jnp.int32),
-        jnp.broadcast_to(jnp.arange(pivots, dtype=jnp.int32)[:, None], shape),
-        jnp.broadcast_to(chunk[None, :], shape),
-    ]
-    exist = None if exist is None else jnp.broadcast_to(exist[None, :], shape)
-    above = jnp.sum(load(last.above, tuple(index), exist), axis=1)
-    return row_facts.narrower(last.bracket.low[row], last.bracket.high[row], above, pivots)
 
 
 def _measure(rows: Rows, *, chunks: Chunks):
@@ -309,7 +104,7 @@ def _narrow(rows: Rows, *, chunks: Chunks, last: Pass | None, this: Pass):
     row, chunk = pl.program_id(0), pl.program_id(1)
     pivots, block = rows.config.pivots, rows.config.block
     facts = Row.of(rows, chunks, row)
-    low, high = _bracket(rows, facts, last, row)
+    low, high = bracket_of(rows, facts, last, row)
 
     @pl.when(chunk == 0)
     def _():
@@ -335,7 +130,7 @@ def _gather(rows: Rows, *, chunks: Chunks, last: Pass | None, bracket: Bracket, 
     """The keys of a chunk inside the bracket, and the masses of the chunk and above the bracket."""
     row, chunk = pl.program_id(0), pl.program_id(1)
     facts = Row.of(rows, chunks, row)
-    low, high = _bracket(rows, facts, last, row)
+    low, high = bracket_of(rows, facts, last, row)
 
     @pl.when(chunk == 0)
     def _():
@@ -362,111 +157,11 @@ def _gather(rows: Rows, *, chunks: Chunks, last: Pass | None, bracket: Bracket, 
 
     zeros = Mass(*(jnp.zeros(rows.config.block, jnp.int32),) * 2)
     count, *masses = rows.over_chunk(row, chunk, add, (jnp.int32(0), zeros, zeros))
-    gathered.count[row, chunk] = count
+    gathered.counts[row, chunk] = count
     for refs, parts in zip((gathered.total, gathered.above), masses, strict=True):
         mass = Mass(*map(jnp.sum, parts)).carried()
         refs.high[row, chunk] = mass.high
         refs.low[row, chunk] = mass.low
-
-
-@dataclasses.dataclass(frozen=True)
-class Inside:
-    """A row's gathered keys, looked at some of each chunk together."""
-
-    rows: Rows
-    facts: Row
-    gathered: Gathered  # refs
-    row: Any
-    above: Mass  # of the tokens above the bracket
-
-    @property
-    def count(self):
-        """int32 [chunks]"""
-        return self.rows.of_chunks(self.gathered.count, self.row)
-
-    def fold(self, tile, init):
-        """Folds tile(keys [chunks * some], carry) over the keys; where there is none, the key is less than any.
-
-        One axis, as a sum over two is two sums, each with a barrier.
-        """
-        rows, chunks = self.rows, pow2(self.rows.chunks)
-        some = max(1, rows.config.gathered // chunks)
-        element = jnp.arange(chunks * some, dtype=jnp.int32)
-        chunk, place = element // some, element % some
-        there = None if chunks == rows.chunks else chunk < rows.chunks
-        count = load(self.gathered.count, (self.row, chunk), there)
-        first = (self.row * rows.chunks + chunk) * rows.config.chunk + place
-
-        def step(i, carry):
-            exist = i * some + place < count
-            keys = load(self.gathered.keys, first + i * some, exist, -LARGEST - 1)
-            return tile(keys, carry)
-
-        steps = (jnp.max(self.count) + some - 1) // some
-        return jax.lax.fori_loop(
-            0, steps, step, jax.tree.map(lambda x: jnp.full(element.size, x, jnp.int32), init)
-        )
-
-    def above_key(self, t, *, mass: bool) -> tuple[Any, Mass]:
-        """How many gathered keys are above t; and the mass of all tokens above it, if asked for."""
-
-        def add(keys, carry):
-            count, parts = carry
-            chosen = keys > t
-            each = self.facts.mass(value_of(keys)) if mass else ()
-            parts = tuple(a + jnp.where(chosen, b, 0) for a, b in zip(parts, each))
-            return count + chosen.astype(jnp.int32), parts
-
-        count, parts = self.fold(add, (0, (0, 0) if mass else ()))
-        above = self.above.plus(Mass(*map(jnp.sum, parts)).carried()) if mass else self.above
-        return jnp.sum(count), above
-
-    def at_least(self, t) -> Mass:
-        """The mass, by chunk, of the gathered keys from t on."""
-
-        def add(keys, parts):
-            each = self.facts.mass(value_of(keys))
-            return tuple(a + jnp.where(keys >= t, b, 0) for a, b in zip(parts, each))
-
-        shape = pow2(self.rows.chunks), -1
-        parts = self.fold(add, (0, 0))
-        return Mass(*(jnp.sum(part.reshape(shape), axis=1) for part in parts)).carried()
-
-    def search(self, low, high, above_low, above_high, enough, *, mass: bool):
-        """The least key t in (low, high] for which enough(*above_key(t)), where that is so at high.
-
-        above_low, above_high: how many gathered keys are above low, and above high.
-        """
-
-        def unsettled(state):
-            low, high, above_low, above_high = state
-            return (middle(low, high) != low) & (above_low - above_high > 1)
-
-        def halve(state):
-            low, high, above_low, above_high = state
-            t = middle(low, high)
-            count, above = self.above_key(t, mass=mass)
-            yes = enough(count, above)
-            return (
-                jnp.where(yes, low, t),
-                jnp.where(yes, t, high),
-                jnp.where(yes, above_low, count),
-                jnp.where(yes, count, above_high),
-            )
-
-        state = low, high, above_low, above_high
-        low, high, *_ = jax.lax.while_loop(unsettled, halve, state)
-
-        def largest(keys, found):
-            return jnp.maximum(found, jnp.where(keys <= high, keys, found))
-
-        # The one key that is left, if there is one.
-        return jnp.max(self.fold(largest, low + 1))
-
-
-def middle(low, high):
-    """The key half way from low to high; low itself where there is none between."""
-    return (low & high) + ((low ^ high) >> 1)
 
 
 def _finish(
@@ -597,7 +292,8 @@ def select(
         this = Pass(bracket, Out((b, config.pivots, chunks), f32))
         inputs = dict(chunks=facts, last=last)
         last = run(_narrow, by_chunk, inputs, dict(this=this))["this"]
-    mass = Mass(*(Out(by_chunk, i32),) * 2)
+    parts: Any = (Out(by_chunk, i32),) * 2
+    mass = Mass(*parts)
     gathered = Gathered(Out((b * chunks * config.chunk,), i32), Out(by_chunk, i32), mass, mass)
     left = run(
         _gather,
