@@ -69,6 +69,7 @@ FLOORS = [
     ["models.*"],
     ["steps"],
     ["call"],
+    ["outputs"],
     ["generator"],
     ["__init__", "generate"],
 ]

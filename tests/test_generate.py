@@ -20,7 +20,7 @@ from examples import demo
 from jaxattn.generate import Generator, Sizes, generate, main
 from jaxattn.generator import allocate_pages, round_up
 from jaxattn.models import llama
-from jaxattn.steps import Requests, Sampling, State, decode_steps, sample
+from jaxattn.steps import Draws, Requests, Sampling, State, decode_steps, sample
 
 PARAMS = random_params(CONFIG)
 PROMPTS = random_prompts([1, 30, 9, 16])
@@ -129,13 +129,20 @@ def test_draws_follow_the_seed_alone():
 def test_sample():
     logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.3, 0.1], [0.25, 0.2, 0.3, 0.25]], jnp.float32))
 
-    def drawn(request, n=500, **how):
+    def drawn(request, n=500, *, temperature, top_p=1.0):
         keys = jax.random.split(jax.random.key(0), n)
         rows = jnp.broadcast_to(logits[request], (n, 4))
-        tokens = np.asarray(sample(rows, keys, Sampling(**how)))
+        draws = Draws(
+            jnp.full(n, temperature),
+            jnp.full(n, 2**31 - 1, jnp.int32),
+            jnp.full(n, top_p),
+            jnp.zeros(n),
+        )
+        tokens = np.asarray(sample(rows, keys, draws, Sampling(draws=True, limits=top_p < 1)))
         return np.bincount(tokens, minlength=4) / n
 
-    assert sample(logits, jax.random.split(jax.random.key(0), 2), Sampling()).tolist() == [1, 2]
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert sample(logits, keys, None, Sampling()).tolist() == [1, 2]
     np.testing.assert_allclose(drawn(0, temperature=1.0), [0.1, 0.5, 0.3, 0.1], atol=0.1)
     np.testing.assert_allclose(drawn(0, temperature=0.1), [0, 1, 0, 0], atol=0.05)
     np.testing.assert_allclose(drawn(0, temperature=1.0, top_p=0.4), [0, 1, 0, 0])
@@ -387,6 +394,11 @@ def decode_loop(config, dtype, *, num_pages, num_steps, sampling, kv_dtype=None)
         jax.ShapeDtypeStruct((1,), jnp.int32),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
         jax.ShapeDtypeStruct((128, config.head_dim), jnp.float32),
+        Draws(
+            *(jax.ShapeDtypeStruct((b,), dtype) for dtype in ("float32", "int32", *["float32"] * 2))
+        )
+        if sampling.draws
+        else None,
     )
     static = dict(num_steps=num_steps, config=config, sampling=sampling, backend=None)
     return jax.jit(lambda *args: decode_steps(*args, **static), donate_argnums=1), (
@@ -397,7 +409,7 @@ def decode_loop(config, dtype, *, num_pages, num_steps, sampling, kv_dtype=None)
 
 
 def compiled_loop(config, dtype, **sizes):
-    loop, args = decode_loop(config, dtype, sampling=Sampling(0.8, 0.9), **sizes)
+    loop, args = decode_loop(config, dtype, sampling=Sampling(draws=True, limits=True), **sizes)
     return loop.lower(*args).compile()
 
 
@@ -457,7 +469,7 @@ def check_no_host_round_trip_per_token(compile):
     uncounted = lambda x: jax.lax.while_loop(lambda x: (x < 9).any(), lambda x: x * x, x)
     assert len(host_round_trips(compile(uncounted, x))) == 1
 
-    for sampling in (Sampling(), Sampling(0.8, 0.9)):
+    for sampling in (Sampling(), Sampling(draws=True, limits=True)):
         loop, args = decode_loop(
             CONFIG, jnp.bfloat16, num_pages=64, num_steps=16, sampling=sampling
         )

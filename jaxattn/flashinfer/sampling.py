@@ -273,7 +273,7 @@ def top_p_renorm_probs(
     *,
     backend: str | None = None,
 ) -> Array:
-    """As `jaxattn.sampling.top_p_renorm_probs`: the probabilities of the tokens that top_p keeps, divided by their sum."""
+    """As `jaxattn.sampling.top_p_renorm_probs`: of the tokens that top_p keeps, divided by their sum."""
     return sampling.top_p_renorm_probs(probs, top_p, backend=backend)
 
 
@@ -285,7 +285,7 @@ def top_k_renorm_probs(
     *,
     backend: str | None = None,
 ) -> Array:
-    """As `jaxattn.sampling.top_k_renorm_probs`: the probabilities of the tokens that top_k keeps, divided by their sum."""
+    """As `jaxattn.sampling.top_k_renorm_probs`: of the tokens that top_k keeps, divided by their sum."""
     return sampling.top_k_renorm_probs(probs, top_k, backend=backend)
 
 
