@@ -154,6 +154,7 @@ def test_sample():
     assert (drawn(1, temperature=1.0, top_p=0.9) > 0).all()
 
 
+@pytest.mark.slow
 def test_requests_draw_side_by_side(greedy):
     """Each with its own limits; those that leave one token give the greedy ones."""
     n = 6
@@ -167,6 +168,7 @@ def test_requests_draw_side_by_side(greedy):
     assert alike[3] == mixed[3]
 
 
+@pytest.mark.slow
 def test_values_of_requests_compile_nothing(caplog):
     def run(**how):
         prompts = random_prompts([3, 20], seed=1)
@@ -177,6 +179,7 @@ def test_values_of_requests_compile_nothing(caplog):
     assert compilations(caplog, lambda: run(**more, min_p=0.1, seed=4)) == 0
 
 
+@pytest.mark.slow
 def test_logprobs_are_the_models(greedy):
     result = generate(
         PARAMS,

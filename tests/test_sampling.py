@@ -15,6 +15,11 @@ from jaxattn.kernels.triton import sampling as kernels
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 
 
+def at_once(draws):
+    """What draws() returns, as one program: step by step, each operation would be compiled for itself."""
+    return jax.tree.map(np.asarray, jax.jit(draws)())
+
+
 def probabilities(rows, vocab, *, deviation=2.0, seed=0):
     """float32 rows of softmaxed normal logits."""
     logits = deviation * np.random.default_rng(seed).standard_normal((rows, vocab))
@@ -67,8 +72,8 @@ def test_draws_are_of_the_distribution(name):
     (row,) = probabilities(1, 12, deviation=0.7, seed=3)
     row[4] = 0.0
     n = 20000
-    tokens = draw(jnp.broadcast_to(row, (n, row.size)), jax.random.key(11))
-    count = np.bincount(np.asarray(tokens), minlength=row.size)
+    tokens = at_once(lambda: draw(jnp.broadcast_to(row, (n, row.size)), jax.random.key(11)))
+    count = np.bincount(tokens, minlength=row.size)
     kept = kept_of(row, **limits) & (row > 0)
     assert not count[~kept].any()
     expected = n * row[kept].astype(np.float64) / row[kept].sum(dtype=np.float64)
@@ -89,12 +94,13 @@ def test_what_top_p_keeps(top_p):
         ],
         np.float32,
     )
-    got = np.asarray(ja.top_p_renorm_probs(jnp.asarray(rows), top_p), np.float64)
+    got = at_once(lambda: ja.top_p_renorm_probs(jnp.asarray(rows), top_p)).astype(np.float64)
     for ours, row in zip(got, rows):
         kept = kept_of(row, top_p=np.float32(top_p)) & (row > 0)
         np.testing.assert_allclose(ours, np.where(kept, row / row[kept].sum(dtype=float), 0), 1e-6)
 
 
+@pytest.mark.slow
 def test_each_row_has_its_own_limits():
     probs = jnp.asarray(probabilities(6, 200))
     top_k = np.array([1, 2, 7, 199, 200, 10**6], np.int32)
@@ -105,25 +111,29 @@ def test_each_row_has_its_own_limits():
         (ja.top_p_renorm_probs, top_p, "top_p"),
     ):
         for given in (limits, jnp.asarray(limits)):
-            got = np.asarray(op(probs, given))
+            got = at_once(lambda op=op, given=given: op(probs, given))
             for ours, row, limit in zip(got, rows, limits, strict=True):
                 np.testing.assert_array_equal(ours > 0, kept_of(row, **{name: limit}))
-    masked = np.asarray(ja.top_k_mask_logits(jnp.log(probs), top_k))
+    masked = at_once(lambda: ja.top_k_mask_logits(jnp.log(probs), top_k))
     for ours, row, k in zip(masked, np.log(rows), top_k, strict=True):
         np.testing.assert_allclose(
             ours, np.where(kept_of(np.exp(row), top_k=k), row, -np.inf), 1e-6
         )
 
 
+@pytest.mark.slow
 def test_ties_with_the_last_kept_token_are_kept():
     probs = jnp.asarray([[0.1, 0.3, 0.3, 0.1, 0.2], [0.2] * 5], f32)
     for top_k, counts in ((1, [2, 5]), (3, [3, 5]), (4, [5, 5])):
-        assert (ja.top_k_renorm_probs(probs, top_k) > 0).sum(axis=1).tolist() == counts
+        kept = at_once(lambda k=top_k: ja.top_k_renorm_probs(probs, k) > 0)
+        assert kept.sum(axis=1).tolist() == counts
     # -0 and 0 are one logit.
     logits = jnp.asarray([[-0.0, 0.0, -1.0, 0.0]], f32)
-    assert (ja.top_k_mask_logits(logits, 1) > -jnp.inf).tolist() == [[True, True, False, True]]
+    kept = at_once(lambda: ja.top_k_mask_logits(logits, 1) > -jnp.inf)
+    assert kept.tolist() == [[True, True, False, True]]
 
 
+@pytest.mark.slow
 def test_a_key_gives_one_token_alone_or_in_a_batch():
     probs = jnp.asarray(probabilities(5, 1000))
     keys = jax.random.split(jax.random.key(2), 5)
@@ -140,19 +150,24 @@ def test_a_key_gives_one_token_alone_or_in_a_batch():
     assert some != others and len(set(some)) > 5  # rows of one key draw apart
 
 
+@pytest.mark.slow
 def test_limits_that_limit_nothing_change_no_token():
     probs = jnp.asarray(probabilities(20, 300))
     key = jax.random.key(0)
-    plain = ja.sampling_from_probs(probs, key)
-    every = jnp.full(20, 300, jnp.int32)
-    for tokens in (
-        ja.top_p_sampling_from_probs(probs, jnp.ones(20), key),
-        ja.top_k_sampling_from_probs(probs, every, key),
-        ja.top_k_sampling_from_probs(probs, 10**9, key),
-        ja.min_p_sampling_from_probs(probs, 0, key),
-        ja.top_k_top_p_sampling_from_probs(probs, every, 1, key, filter_apply_order="joint"),
-        ja.sampling_from_probs(4 * probs, key),
-    ):
+    every = np.full(20, 300, np.int32)
+    joint = dict(filter_apply_order="joint")
+    plain, *others = at_once(
+        lambda: (
+            ja.sampling_from_probs(probs, key),
+            ja.top_p_sampling_from_probs(probs, jnp.ones(20), key),
+            ja.top_k_sampling_from_probs(probs, every, key),
+            ja.top_k_sampling_from_probs(probs, 10**9, key),
+            ja.min_p_sampling_from_probs(probs, 0, key),
+            ja.top_k_top_p_sampling_from_probs(probs, every, 1, key, **joint),
+            ja.sampling_from_probs(4 * probs, key),
+        )
+    )
+    for tokens in others:
         np.testing.assert_array_equal(tokens, plain)
 
 
@@ -161,12 +176,13 @@ def test_limits_that_limit_nothing_change_no_token():
 )
 def test_limits_that_leave_the_likeliest(limits):
     logits = jnp.log(jnp.asarray(probabilities(30, 100)))
-    tokens = ja.sampling_from_logits(logits, jax.random.key(0), **limits)
+    tokens = at_once(lambda: ja.sampling_from_logits(logits, jax.random.key(0), **limits))
     np.testing.assert_array_equal(tokens, jnp.argmax(logits, axis=1))
     if "temperature" in limits:  # which takes the first of equals
         logits = jnp.asarray([[0.0, 3.0, 3.0, 3.0]] * 20, f32)
         warm = np.array([0.0] * 10 + [1.0] * 10, np.float32)
-        tokens = np.asarray(ja.sampling_from_logits(logits, jax.random.key(0), temperature=warm))
+        key = jax.random.key(0)
+        tokens = at_once(lambda: ja.sampling_from_logits(logits, key, temperature=warm))
         assert (tokens[:10] == 1).all() and len(set(tokens[10:])) > 1
 
 
@@ -177,7 +193,8 @@ def test_what_is_never_drawn(small_tiles, backend):
     weights[:, 3], weights[:, 7] = 0.25, 1e-30  # the latter's share rounds to nothing
     weights[1, [0, 1, 2, 4]] = nan, -1, inf, -inf
     weights[2] = [0, 0, nan, -1, 0, -inf, inf, 0, 0]
-    tokens = ja.sampling_from_probs(jnp.asarray(weights), jax.random.key(0), backend=backend)
+    key = jax.random.key(0)
+    tokens = at_once(lambda: ja.sampling_from_probs(jnp.asarray(weights), key, backend=backend))
     assert tokens.tolist() == [3, 3, -1, 3, 3, 3, 3, 3]
     logits = np.full((8, 9), -inf, np.float32)
     logits[:, 5] = -1e30
@@ -186,30 +203,37 @@ def test_what_is_never_drawn(small_tiles, backend):
     logits[3] = -inf
     logits[4, 8] = inf
     how = dict(top_k=np.full(8, 4, np.int32), top_p=np.full(8, 0.5, np.float32), backend=backend)
-    tokens = ja.sampling_from_logits(jnp.asarray(logits), jax.random.key(0), **how)
+    tokens = at_once(lambda: ja.sampling_from_logits(jnp.asarray(logits), key, **how))
     assert tokens.tolist() == [5, 5, -1, -1, 8, 5, 5, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [f16, bf16])
 def test_16_bits_are_what_float32_makes_of_them(dtype):
     probs = jnp.asarray(probabilities(40, 64)).astype(dtype)
     key = jax.random.key(1)
-    tokens = ja.top_p_sampling_from_probs(probs, 0.6, key)
-    np.testing.assert_array_equal(tokens, ja.top_p_sampling_from_probs(probs.astype(f32), 0.6, key))
-    assert ja.top_p_renorm_probs(probs, 0.6).dtype == dtype
-    assert ja.top_k_mask_logits(probs, 3).dtype == dtype
+    wide = probs.astype(f32)
+    draw = lambda rows: ja.top_p_sampling_from_probs(rows, 0.6, key)  # noqa: E731
+    np.testing.assert_array_equal(*at_once(lambda: (draw(probs), draw(wide))))
+    for op, limit in ((ja.top_p_renorm_probs, 0.6), (ja.top_k_mask_logits, 3)):
+        assert jax.eval_shape(lambda op=op, limit=limit: op(probs, limit)).dtype == dtype
 
 
 def test_few_tokens_and_no_rows():
     key = jax.random.key(0)
-    assert ja.top_p_sampling_from_probs(jnp.zeros((0, 9)), 0.5, key).shape == (0,)
-    assert ja.top_k_renorm_probs(jnp.zeros((0, 9)), 5).shape == (0, 9)
-    assert ja.sampling_from_logits(jnp.zeros((2, 1)), key, top_k=1, top_p=0.1).tolist() == [0, 0]
+    none, rows, only = at_once(
+        lambda: (
+            ja.top_p_sampling_from_probs(jnp.zeros((0, 9)), 0.5, key),
+            ja.top_k_renorm_probs(jnp.zeros((0, 9)), 5),
+            ja.sampling_from_logits(jnp.zeros((2, 1)), key, top_k=1, top_p=0.1),
+        )
+    )
+    assert none.shape == (0,) and rows.shape == (0, 9) and only.tolist() == [0, 0]
 
 
 def test_renormed_probabilities_have_a_gradient():
     probs = jnp.asarray([[0.5, 0.3, 0.1, 0.1]], f32)
-    jacobian = jax.jacobian(lambda p: ja.top_k_renorm_probs(p, 2)[0])(probs)[:, 0]
+    jacobian = at_once(lambda: jax.jacobian(lambda p: ja.top_k_renorm_probs(p, 2)[0])(probs))[:, 0]
     kept = np.array([0.5, 0.3])
     expected = np.zeros((4, 4))
     expected[:2, :2] = np.eye(2) / kept.sum() - kept[:, None] / kept.sum() ** 2
@@ -291,30 +315,36 @@ def test_an_unknown_order():
         )
 
 
+@pytest.mark.slow
 def test_flashinfers_arguments():
     probs = jnp.asarray(probabilities(3, 50))
     key = jax.random.key(4)
-    draw = flashinfer.top_k_top_p_sampling_from_probs
-    ours = ja.top_k_top_p_sampling_from_probs(probs, 9, 0.8, key)
-    np.testing.assert_array_equal(draw(probs, 9, 0.8, generator=key, deterministic=False), ours)
-    # Several draws of a row, each row with its limits.
-    indices = jnp.asarray([2, 0, 2, 1], jnp.int32)
+    theirs, ours = flashinfer.top_k_top_p_sampling_from_probs, ja.top_k_top_p_sampling_from_probs
+    indices = np.array([2, 0, 2, 1], np.int32)
     k = np.array([1, 2, 3], np.int32)
-    tokens = draw(probs, k, 0.9, indices, generator=key)
-    expected = ja.top_k_top_p_sampling_from_probs(probs[indices], k[indices], 0.9, key)
-    np.testing.assert_array_equal(tokens, expected)
-    # Keys made of numbers.
-    one = draw(probs, 9, 0.8, seed=7, offset=1)
-    key = jax.random.fold_in(jax.random.key(7), 1)
-    np.testing.assert_array_equal(one, draw(probs, 9, 0.8, generator=key))
-    seeds = jnp.asarray([7, 7, 8], jnp.int32)
-    rows = jnp.broadcast_to(probs[0], (3, 50))
-    first = flashinfer.sampling_from_logits(jnp.log(rows), seed=seeds, offset=jnp.int32(2))
-    assert first.shape == (3,)
-    # Rows without mass.
-    probs = probs.at[1].set(0)
-    tokens, valid = flashinfer.sampling_from_probs(probs, generator=key, return_valid=True)
-    assert valid.tolist() == [True, False, True] and int(tokens[1]) == -1
+    seeds = jnp.asarray([7] * 20, jnp.int32)
+    rows = jnp.broadcast_to(probs[0], (20, 50))
+    same, several, seeded, apart, (tokens, valid) = at_once(
+        lambda: (
+            (theirs(probs, 9, 0.8, generator=key, deterministic=False), ours(probs, 9, 0.8, key)),
+            # Several draws of a row, each row with its limits.
+            (
+                theirs(probs, k, 0.9, jnp.asarray(indices), generator=key),
+                ours(probs[indices], k[indices], 0.9, key),
+            ),
+            # Keys made of numbers.
+            (
+                theirs(probs, 9, 0.8, seed=7, offset=1),
+                ours(probs, 9, 0.8, jax.random.fold_in(jax.random.key(7), 1)),
+            ),
+            flashinfer.sampling_from_logits(jnp.log(rows), seed=seeds, offset=2),
+            flashinfer.sampling_from_probs(probs.at[1].set(0), seed=1, return_valid=True),
+        )
+    )
+    for pair in (same, several, seeded):
+        np.testing.assert_array_equal(*pair)
+    assert len(set(apart.tolist())) > 3
+    assert valid.tolist() == [True, False, True] and tokens[1] == -1
     assert flashinfer.top_p_renorm_prob is flashinfer.top_p_renorm_probs
 
 

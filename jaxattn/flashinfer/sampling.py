@@ -4,6 +4,7 @@ Where FlashInfer takes random numbers of a generator with a state, JAX has keys:
 each call (`jax.random.split`), or `seed` and `offset` make one. One of them must be given.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxattn import sampling
-from jaxattn.checks import check_index
+from jaxattn.checks import check_array, check_index, copied_from_host
 from jaxattn.flashinfer.options import flashinfer_options
 from jaxattn.sampling import PerRow
 
@@ -297,7 +298,7 @@ def _draw(
     op: Any,
     name: str,
     x: Array,
-    limits: tuple[PerRow, ...],
+    limits: Sequence[PerRow],
     how: dict[str, Any],
     indices: Array | None,
     generator: Array | None,
@@ -306,6 +307,7 @@ def _draw(
     check_nan: bool,
     return_valid: bool,
 ) -> Any:
+    check_array(name, x)
     if check_nan:
         if isinstance(x, jax.core.Tracer):
             raise NotImplementedError(
@@ -317,8 +319,10 @@ def _draw(
     if indices is not None:
         check_index("indices", indices, "b")
         draws = indices.shape[0]
-        x = x[indices]
-        limits = tuple(limit[indices] if getattr(limit, "shape", ()) else limit for limit in limits)
+        x, *limits = (
+            jnp.asarray(copied_from_host(a))[indices] if getattr(a, "shape", ()) else a
+            for a in (x, *limits)
+        )
     tokens = op(x, *limits, _key(generator, seed, offset, draws), **how)
     return (tokens, tokens >= 0) if return_valid else tokens
 
