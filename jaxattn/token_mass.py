@@ -25,6 +25,7 @@ DIGIT_BITS = 14  # of a fraction: three digits, so that an int32 holds sums of p
 NUM_DIGITS = 3
 _DIGIT = (1 << DIGIT_BITS) - 1
 _BIAS, _MANTISSA_BITS = 127, 23  # of float32
+_FINITE = 0x7F7FFFFF  # the largest float32
 _TOTAL_EXPONENT = 29
 
 
@@ -70,7 +71,9 @@ def cleaned(x: Array, logits: bool) -> Array:
     if logits:
         # A zero has one sign, as it has one place in the order.
         return jnp.where(x == 0, 0.0, jnp.where(x == x, x, -jnp.inf))
-    return jnp.where((x > 0) & (x < jnp.inf), x, 0.0)
+    # Positive and finite, by one comparison: the bits of such a float are those of 1 .. _FINITE.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits - 1 < _FINITE, x, 0.0)
 
 
 def nothing(logits: bool) -> float:

@@ -152,7 +152,7 @@ def _gather(rows: Rows, *, chunks: Chunks, last: Pass | None, bracket: Bracket, 
         return (
             count,
             Mass(*(a + b for a, b in zip(total, mass))),
-            Mass(*(a + jnp.where(is_above, b, 0) for a, b in zip(above, mass))),
+            Mass(*(jnp.where(is_above, a + b, a) for a, b in zip(above, mass))),
         )
 
     zeros = Mass(*(jnp.zeros(rows.config.block, jnp.int32),) * 2)
