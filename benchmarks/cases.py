@@ -168,6 +168,34 @@ class RopeAppend(Cached):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample(Case):
+    """op sampling: a token of each of `batch` rows, of probabilities, or of logits; None: without that limit.
+
+    Logits are normal, with this standard deviation: 1 leaves a nucleus of half the vocabulary, 4 one of some tokens.
+    """
+
+    batch: int
+    vocab: int
+    logits: bool = False
+    top_k: int | None = None
+    top_p: float | None = None
+    deviation: float = 1.0
+    dtype: str = "float32"
+
+    @property
+    def writes(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activation(Case):
+    """op silu_and_mul, gelu_and_mul or gelu_tanh_and_mul: rows of 2 * hidden."""
+
+    tokens: int
+    hidden: int = 14336
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop(Case):
     """op decode_loop: `steps` steps of a model, greedily, in one call, after kv_len tokens each; times are a step's."""
 
@@ -238,6 +266,27 @@ def _norms(rows: int, hidden: int, dtype: str = "bfloat16") -> list[Norm]:
     name = f"{rows}x{hidden}"
     ops = ("rmsnorm", "fused_add_rmsnorm")
     return [Norm(op=op, name=name, rows=rows, hidden=hidden, dtype=dtype) for op in ops]
+
+
+def _samples(batch: int, vocab: int) -> list[Case]:
+    limits: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "top_p": dict(top_p=0.9),
+        "top_k": dict(top_k=50),
+        "top_k_top_p": dict(top_k=50, top_p=0.9),
+        "peaked_top_p": dict(top_p=0.9, deviation=4.0),
+        "logits": dict(logits=True),
+        "logits_top_k_top_p": dict(logits=True, top_k=50, top_p=0.9),
+    }
+    return [
+        Sample(op="sampling", name=f"{name}_{batch}x{vocab}", batch=batch, vocab=vocab, **how)
+        for name, how in limits.items()
+    ]
+
+
+def _activations(tokens: int, **shape: Any) -> list[Case]:
+    ops = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
+    return [Activation(op=op, name=str(tokens), tokens=tokens, **shape) for op in ops]
 
 
 def _full() -> list[Case]:
@@ -372,6 +421,12 @@ def _full() -> list[Case]:
             cases.append(Grouped(name=f"gpt_oss_down_{tokens}", tokens=tokens, **down, **gpt_oss))
             cases.append(Grouped(name=f"qwen3_30b_up_{tokens}", tokens=tokens, **qwen3))
 
+    for batch, vocab in ((1, 128256), (32, 128256), (128, 151936)):
+        cases += _samples(batch, vocab)
+
+    for tokens in (1, 32, 256, 2048, 8192):
+        cases += _activations(tokens)
+
     cases += [
         _step("b1_8k", 1, 8192),
         _step("b8_4k", 8, 4096),
@@ -466,6 +521,8 @@ def _smoke() -> list[Case]:
         Rope(op="rope", name="5", tokens=5, num_qo_heads=4, num_kv_heads=2),
         Grouped(op="grouped_matmul", name="5", tokens=5, chosen=2, experts=6, outs=72, size=96),
         _rope_append("b2_3", 2, 3, **heads, qk_norm=True),
+        *(case for case in _samples(3, 300) if "top_k_top_p" in case.name),
+        *_activations(5, hidden=48),
         dataclasses.replace(_step("b2_40", 2, 40, **heads), num_layers=2),
         dataclasses.replace(_step("b2_40", 2, 40, None, **heads), num_layers=2),
         Loop(

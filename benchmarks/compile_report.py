@@ -478,6 +478,34 @@ def _fused_add_rmsnorm(hidden: int, dtype: Any = jnp.bfloat16):
     return ja.fused_add_rmsnorm, (x, x, _struct(hidden, dtype=dtype))
 
 
+def _activation(op: str, dtype: Any = jnp.bfloat16):
+    return getattr(ja, op), (_struct(4096, 2 * 14336, dtype=dtype),)
+
+
+ALL_LIMITS: dict[str, Any] = dict(temperature=None, top_k=None, top_p=None, min_p=None)
+
+
+def _sampling(vocab: int, logits: bool, dtype: Any = jnp.float32, **limits: None):
+    """Each row with limits of its own."""
+    batch = 32
+    names = list(limits)
+    dtypes = {"top_k": jnp.int32}
+    arrays = [_struct(batch, dtype=dtypes.get(name, jnp.float32)) for name in names]
+
+    def draw(rows, *arrays):
+        key = jax.random.key(0)
+        given = dict(zip(names, arrays, strict=True))
+        if logits:
+            return ja.sampling_from_logits(rows, key, **given)
+        if names == ["top_k", "top_p"]:
+            return ja.top_k_top_p_sampling_from_probs(rows, arrays[0], arrays[1], key)
+        if names:
+            return ja.top_p_sampling_from_probs(rows, arrays[0], key)
+        return ja.sampling_from_probs(rows, key)
+
+    return draw, (_struct(batch, vocab, dtype=dtype), *arrays)
+
+
 def _rope_cache(heads: int, kv_heads: int, d: int, is_neox: bool = True, dtype: Any = jnp.bfloat16):
     def step(positions, query, key, cos_sin_cache):
         return ja.apply_rope_with_cos_sin_cache(
@@ -693,6 +721,29 @@ CASES = (
     _case("fused_add_rmsnorm bf16 8192", _fused_add_rmsnorm, 8192, hot=True),
     _case("fused_add_rmsnorm bf16 16384", _fused_add_rmsnorm, 16384, hot=True),
     _case("fused_add_rmsnorm bf16 20480", _fused_add_rmsnorm, 20480),
+    _case("silu_and_mul bf16", _activation, "silu_and_mul", hot=True),
+    _case("gelu_and_mul bf16", _activation, "gelu_and_mul", hot=True),
+    _case("gelu_tanh_and_mul fp32", _activation, "gelu_tanh_and_mul", jnp.float32, hot=True),
+    _case("sampling probs 128256", _sampling, 128256, False, hot=True),
+    _case("sampling probs 128256 top_p", _sampling, 128256, False, top_p=None, hot=True),
+    _case(
+        "sampling probs 151936 top_k top_p",
+        _sampling,
+        151936,
+        False,
+        top_k=None,
+        top_p=None,
+        hot=True,
+    ),
+    _case(
+        "sampling logits bf16 50257 all limits",
+        _sampling,
+        50257,
+        True,
+        jnp.bfloat16,
+        **ALL_LIMITS,
+        hot=True,
+    ),
     _case("rope cache neox bf16 32/8 d128", _rope_cache, 32, 8, 128, hot=True),
     _case("rope cache interleaved bf16 32/8 d128", _rope_cache, 32, 8, 128, False),
     _case("rope llama31 pos_ids bf16 32/8 d128", _rope_pos_ids, 32, 8, 128),

@@ -17,6 +17,7 @@ from jax import Array
 
 import jaxattn as ja
 from benchmarks.cases import (
+    Activation,
     Append,
     Attention,
     Cached,
@@ -28,6 +29,7 @@ from benchmarks.cases import (
     Plan,
     Rope,
     RopeAppend,
+    Sample,
 )
 from jaxattn.grouped_matmul import Groups
 from jaxattn.kv_scales import largest, own_scale, stored
@@ -114,6 +116,13 @@ class RopeInputs:
     key: Array  # [t, kh, d]
     positions: Array  # int32 [t], a permutation: every token reads its own row of the table
     cos_sin_cache: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampleInputs:
+    rows: Array  # [b, vocab], probabilities or logits
+    key: Array
 
 
 @jax.tree_util.register_dataclass
@@ -229,6 +238,14 @@ def make_inputs(case: Case) -> Any:
                 _int32(rng.permutation(length)[: case.tokens]),
                 ja.precompute_freqs_cis(case.head_dim, length, ROPE_THETA),
             )
+        case Sample():
+            logits = _normal(seed, shape=(case.batch, case.vocab), dtype="float32")
+            drawn_from = logits * case.deviation
+            if not case.logits:
+                drawn_from = jax.nn.softmax(drawn_from, axis=-1)
+            return SampleInputs(drawn_from.astype(case.dtype), jax.random.key(seed))
+        case Activation():
+            return normal(seed, shape=(case.tokens, 2 * case.hidden))
         case Loop():
             return _loop_inputs(case, seed, rng)
     raise TypeError(f"no inputs for {type(case).__name__}")

@@ -5,7 +5,7 @@ on up to ROWS query tokens of every request, the first and the last among them, 
 CHECKED_LAYERS of a decode step; everything else in full. A decode loop is held, for LOOP_REQUESTS requests,
 against one prefill of its tokens by the same model in plain jnp: by what it appended in a few layers, and by how far a
 token it took falls short of the likeliest, as a share of the largest logit. A plan has no reference: its error is 0
-where it is sound, else 1.
+where it is sound, else 1. Draws differ: their error is the share of tokens that should not have been kept.
 """
 
 import functools
@@ -20,6 +20,7 @@ from jax import Array
 
 import jaxattn as ja
 from benchmarks.cases import (
+    Activation,
     Append,
     Attention,
     Case,
@@ -30,6 +31,7 @@ from benchmarks.cases import (
     Plan,
     Rope,
     RopeAppend,
+    Sample,
 )
 from benchmarks.inputs import (
     EPS,
@@ -37,6 +39,7 @@ from benchmarks.inputs import (
     AttentionInputs,
     LoopInputs,
     Pages,
+    SampleInputs,
     appended,
     loop_config,
     loop_pages,
@@ -90,6 +93,8 @@ def make_oracle(case: Case, inputs: Any) -> Oracle:
         return _loop_oracle(case, inputs)
     if isinstance(case, Plan):
         return Oracle(lambda out: float(not _is_sound(case, inputs, out)), "all")
+    if isinstance(case, Sample):
+        return Oracle(_drawn_oracle(case, inputs), "all")
     expected = _expected(case, inputs)
     return Oracle(lambda out: _error(out, expected), "all")
 
@@ -121,6 +126,9 @@ def _expected(case: Case, x: Any) -> Sequence[Array]:
         case Rope():
             rope = jax.jit(functools.partial(reference.rope, interleave=False))
             return rope(*float32((x.query, x.key)), x.positions, x.cos_sin_cache)
+        case Activation():
+            activation = case.op.removesuffix("_and_mul")
+            return [reference.activate_and_multiply(float32(x), activation)]
         case RopeAppend():
             write = jax.jit(
                 functools.partial(reference.rope_append_paged_kv_cache, interleave=False, eps=EPS)
@@ -130,6 +138,30 @@ def _expected(case: Case, x: Any) -> Sequence[Array]:
             q, cache = write((heads,), *where, x.norm_weights, x.cache, x.pages.table)
             return [*(pages.reshape(-1, *pages.shape[2:]) for pages in written(cache)), q]
     raise TypeError(f"no oracle for {type(case).__name__}")
+
+
+def _drawn_oracle(case: Sample, x: SampleInputs) -> Callable[[Sequence[Array]], float]:
+    """The share of tokens outside of the nucleus of a sort in float64; a token at its border may be in or out."""
+    rows = np.asarray(x.rows, np.float64)
+    if case.logits:
+        rows = np.exp(rows - rows.max(axis=1, keepdims=True))
+    rows /= rows.sum(axis=1, keepdims=True)
+    descending = -np.sort(-rows, axis=1)
+    if case.top_k is not None:
+        descending[:, case.top_k :] = 0
+        descending /= descending.sum(axis=1, keepdims=True)
+    before = np.cumsum(descending, axis=1) - descending
+    kept = (before < (case.top_p or 1.0) + 1e-6) & (descending > 0)
+    scale = rows.max(axis=1) / descending[:, 0]
+    least = np.where(kept, descending, np.inf).min(axis=1) * scale
+
+    def error(outputs: Sequence[Array]) -> float:
+        token = np.asarray(outputs[0])
+        exists = (0 <= token) & (token < case.vocab)
+        chosen = rows[np.arange(case.batch), np.where(exists, token, 0)]
+        return float(np.mean(~exists | (chosen < least * (1 - 1e-6))))
+
+    return error
 
 
 def _step_oracle(case: Attention, inputs: AttentionInputs) -> Oracle:

@@ -136,6 +136,8 @@ def _tables_of(results: Results) -> dict[str, str]:
         "rmsnorm": ["rmsnorm", "fused_add_rmsnorm"],
         "rope": ["rope"],
         "rope_append": ["rope_append"],
+        "sampling": ["sampling"],
+        "activation": ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"],
     }.items():
         own = {key: rows for key, rows in cases.items() if key[0] in ops}
         if own:

@@ -28,6 +28,7 @@ from benchmarks.timing import Call
 from benchmarks.work import work
 from jaxattn.kernels.mosaic import attention as mosaic_attention
 from jaxattn.kernels.triton import (
+    activation,
     append,
     attention,
     grouped_matmul,
@@ -35,6 +36,7 @@ from jaxattn.kernels.triton import (
     rmsnorm,
     rope,
     rope_append,
+    sampling,
 )
 
 Config = dict[str, Any]  # the fields that differ from the default
@@ -94,6 +96,18 @@ SPACES: dict[str, Space] = {
     ),
     "rope": Space(rope, _HEADS),
     "rope_append": Space(rope_append, _HEADS),
+    "sampling": Space(
+        sampling,
+        dict(
+            chunk=(2048, 4096, 8192),
+            num_warps=(1, 2),
+            loads=(2, 4, 8),
+            pivots=(8, 12, 16),
+            passes=(1, 2, 3),
+            finish_warps=(2, 4, 8),
+        ),
+    ),
+    "silu_and_mul": Space(activation, dict(block=(512, 1024, 2048, 4096), num_warps=(1, 2, 4, 8))),
 }
 TARGETS = {"NVIDIA H200": "h200", "NVIDIA H100": "h200", "NVIDIA A100": "a100"}  # by architecture
 

@@ -7,6 +7,7 @@ pairs (query, key) that the mask admits; the softmax is not counted. Other ops h
 import dataclasses
 
 from benchmarks.cases import (
+    Activation,
     Append,
     Attention,
     Case,
@@ -17,6 +18,7 @@ from benchmarks.cases import (
     Plan,
     Rope,
     RopeAppend,
+    Sample,
 )
 from jaxattn.work_list import WorkItem
 
@@ -132,6 +134,16 @@ def work(case: Case) -> Work:
                 + kv_bytes(case, case.num_tokens),
                 None,
                 "bytes: q + k + v read and written + float32 table row and 8 of indices per token",
+            )
+        case Sample():
+            return Work(
+                case.batch * (case.vocab * size + 4), None, "bytes: rows read + a token of each"
+            )
+        case Activation():
+            return Work(
+                3 * case.tokens * case.hidden * size,
+                None,
+                "bytes: 2 x tokens x hidden read + 1 x tokens x hidden written",
             )
         case Loop():
             q, kv = case.num_qo_heads * case.head_dim, case.num_kv_heads * case.head_dim

@@ -28,6 +28,8 @@ from jaxattn.flashinfer import (
     MultiLevelCascadeAttentionWrapper as MultiLevelCascadeAttentionWrapper,
 )
 from jaxattn.flashinfer import fused_add_rmsnorm as fused_add_rmsnorm
+from jaxattn.flashinfer import gelu_and_mul as gelu_and_mul
+from jaxattn.flashinfer import gelu_tanh_and_mul as gelu_tanh_and_mul
 from jaxattn.flashinfer import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
 from jaxattn.flashinfer import gemma_rmsnorm as gemma_rmsnorm
 from jaxattn.flashinfer import get_batch_indices_positions as get_batch_indices_positions
@@ -38,11 +40,14 @@ from jaxattn.flashinfer import merge_states as merge_states
 from jaxattn.flashinfer import packbits as packbits
 from jaxattn.flashinfer import rmsnorm as rmsnorm
 from jaxattn.flashinfer import segment_packbits as segment_packbits
+from jaxattn.flashinfer import silu_and_mul as silu_and_mul
 from jaxattn.flashinfer import single_decode_with_kv_cache as single_decode_with_kv_cache
 from jaxattn.flashinfer import single_prefill_with_kv_cache as single_prefill_with_kv_cache
 from jaxattn.flashinfer import (
     single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
 )
+from jaxattn.flashinfer import top_k_renorm_probs as top_k_renorm_probs
+from jaxattn.flashinfer import top_p_renorm_probs as top_p_renorm_probs
 from jaxattn.kv_cache import PagedKVCache as PagedKVCache
 from jaxattn.kv_cache import PageTable as PageTable
 from jaxattn.kv_scales import KVScales as KVScales
@@ -69,3 +74,11 @@ from jaxattn.rope import (
     apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
 )
 from jaxattn.rope import precompute_freqs_cis as precompute_freqs_cis
+from jaxattn.sampling import min_p_sampling_from_probs as min_p_sampling_from_probs
+from jaxattn.sampling import sampling_from_logits as sampling_from_logits
+from jaxattn.sampling import sampling_from_probs as sampling_from_probs
+from jaxattn.sampling import top_k_mask_logits as top_k_mask_logits
+from jaxattn.sampling import top_k_sampling_from_probs as top_k_sampling_from_probs
+from jaxattn.sampling import top_k_top_p_sampling_from_logits as top_k_top_p_sampling_from_logits
+from jaxattn.sampling import top_k_top_p_sampling_from_probs as top_k_top_p_sampling_from_probs
+from jaxattn.sampling import top_p_sampling_from_probs as top_p_sampling_from_probs

@@ -1,8 +1,9 @@
 """What a call of generation asks for, checked on the host before anything is read, allocated or compiled."""
 
 import dataclasses
+import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,18 @@ from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import check_context
 from jaxattn.page_rings import pages_of
 from jaxattn.steps import Sampling
+
+Stop = str | Sequence[str] | None  # strings that end a request
+NO_TOP_K = 2**31 - 1  # more than any vocabulary
+
+
+class Draw(NamedTuple):
+    """How one request draws."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +58,30 @@ class Sizes:
         check_positive(**given)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How tokens are chosen, where a request ends, and what is told of it: as `jaxattn.generate.generate` says."""
+
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | None | Sequence[int | None] = None
+    top_p: float | Sequence[float] = 1.0
+    min_p: float | Sequence[float] = 0.0
+    stop: Stop | Sequence[Stop] = None
+    logprobs: int | None | Sequence[int | None] = None
+    seed: int = 0
+    eos_token_ids: int | Sequence[int] | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
+
+
 class Call(NamedTuple):
     """What one call asks for, checked."""
 
     prompts: list[np.ndarray]  # int32 [tokens] of each request
     limits: list[int]  # new tokens of each at most
-    sampling: Sampling
+    draws: list[Draw]  # how each draws
+    stops: list[list[str]]  # the strings that end each
+    decode: Callable[[Sequence[int]], str] | None
+    logprobs: list[int | None]  # of each
     eos: np.ndarray  # int32 [any]
     seed: int
 
@@ -59,6 +90,13 @@ class Call(NamedTuple):
         """Tokens of each request at most, prompt and new ones."""
         return [len(prompt) + limit for prompt, limit in zip(self.prompts, self.limits)]
 
+    @property
+    def sampling(self) -> Sampling:
+        """What the steps of this call have to do."""
+        drawing = [draw for draw in self.draws if draw.temperature > 0]
+        limited = any(draw.top_k < NO_TOP_K or draw.top_p < 1 for draw in drawing)
+        return Sampling(draws=bool(drawing), limits=limited)
+
 
 def check_call(
     config: DecoderConfig,
@@ -66,10 +104,7 @@ def check_call(
     prompts: Sequence[Sequence[int]] | np.ndarray,
     *,
     max_new_tokens: int | Sequence[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    eos_token_ids: int | Sequence[int] | None = None,
+    choices: Choices,
 ) -> Call:
     """What `Generator.generate` is asked for; takes no weights.
 
@@ -77,22 +112,29 @@ def check_call(
       TypeError: prompts or EOS tokens that are not token ids.
       ValueError: prompts or options out of range; a request that does not fit the model, the context or the cache.
     """
-    sampling = Sampling(temperature, top_p)
+    seed = choices.seed
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or int(seed) < 0:
         raise ValueError(f"seed must be an integer, at least 0; got {seed!r}")
     ids = _prompts(prompts, config.vocab_size)
-    given: Any = max_new_tokens
-    limits = [given] * len(ids) if np.ndim(given) == 0 else list(given)
-    if len(limits) != len(ids):
-        raise ValueError(
-            f"max_new_tokens must be one number, or one for each of {len(ids)} prompts; "
-            f"got {len(limits)}"
-        )
+    limits = _each("max_new_tokens", max_new_tokens, len(ids))
     for limit in limits:
         check_positive(max_new_tokens=limit)
-    ends = np.atleast_1d([] if eos_token_ids is None else eos_token_ids)
-    eos = _token_ids("eos_token_ids", ends, config.vocab_size)
-    call = Call(ids, list(map(int, limits)), sampling, eos, int(seed))
+    stops = _stops(choices.stop, len(ids))
+    if any(stops) and choices.decode is None:
+        raise ValueError(
+            "stop strings need decode=, a function from token ids to their text: tokenizer.decode, say"
+        )
+    eos = choices.eos_token_ids
+    call = Call(
+        ids,
+        list(map(int, limits)),
+        _draws(choices, len(ids)),
+        stops,
+        choices.decode,
+        _logprobs(choices.logprobs, len(ids), config.vocab_size),
+        _token_ids("eos_token_ids", np.atleast_1d([] if eos is None else eos), config.vocab_size),
+        int(seed),
+    )
     _check_room(config, sizes, call)
     return call
 
@@ -106,6 +148,74 @@ def pages_needed(config: DecoderConfig, sizes: Sizes, call: Call) -> list[list[i
         ]
         for window in config.windows
     ]
+
+
+def _each(name: str, given: Any, count: int) -> list[Any]:
+    """What is given for all requests, or of each, of each."""
+    if np.ndim(given) == 0:
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(
+            f"{name} must be one number, or one for each of {count} prompts; got {len(given)}"
+        )
+    return list(given)
+
+
+def _draws(choices: Choices, count: int) -> list[Draw]:
+    each = (
+        _each(name, getattr(choices, name), count)
+        for name in ("temperature", "top_k", "top_p", "min_p")
+    )
+    draws = []
+    for temperature, top_k, top_p, min_p in zip(*each):
+        if not (_is_number(temperature) and 0 <= temperature < math.inf):
+            raise ValueError(f"temperature must be 0 or positive; got {temperature!r}")
+        if top_k is not None:
+            check_positive(top_k=top_k)
+        if not (_is_number(top_p) and 0 < top_p <= 1):
+            raise ValueError(f"top_p must be in (0, 1]; got {top_p!r}")
+        if not (_is_number(min_p) and 0 <= min_p <= 1):
+            raise ValueError(f"min_p must be in [0, 1]; got {min_p!r}")
+        most = NO_TOP_K if top_k is None else min(int(top_k), NO_TOP_K)
+        draws.append(Draw(float(temperature), most, float(top_p), float(min_p)))
+    return draws
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.number) and not isinstance(x, bool)
+
+
+def _stops(stop: Any, count: int) -> list[list[str]]:
+    """The stop strings of each request."""
+
+    def strings(given: Any) -> list[str]:
+        several = [given] if isinstance(given, str) else [] if given is None else list(given)
+        if not all(isinstance(one, str) and one for one in several):
+            raise ValueError(
+                "stop must be strings that are not empty: one or several for all requests, or a sequence of such of "
+                f"each request; got {reprlib.repr(stop)}"
+            )
+        return several
+
+    if stop is None or isinstance(stop, str) or all(isinstance(one, str) for one in stop):
+        return [strings(stop)] * count
+    if len(stop) != count:
+        raise ValueError(
+            f"stop must be strings for all requests, or of each of {count} prompts; got {len(stop)}"
+        )
+    return [strings(own) for own in stop]
+
+
+def _logprobs(logprobs: Any, count: int, vocab_size: int) -> list[int | None]:
+    each = _each("logprobs", logprobs, count)
+    for n in each:
+        whole = n is None or (hasattr(n, "__index__") and not isinstance(n, bool))
+        if not (whole and (n is None or 0 <= int(n) <= vocab_size)):
+            raise ValueError(
+                f"logprobs must be None or an integer from 0 to {vocab_size=}, how many of the likeliest tokens are "
+                f"told too; got {n!r}"
+            )
+    return [None if n is None else int(n) for n in each]
 
 
 def _prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:

@@ -131,7 +131,8 @@ def dot_product_attention(
         k, v = (x.reshape(b * s, *x.shape[2:]) for x in (k, v))
         o, lse = ragged_prefill(q, k, v, plan, **how)
     else:
-        pool = PagedKVCache(tuple(x.reshape(b * s, 1, *x.shape[2:]) for x in (k, v)))
+        k, v = (x.reshape(b * s, 1, *x.shape[2:]) for x in (k, v))
+        pool = PagedKVCache((k, v))
         attend: Callable[..., Any] = paged_decode if plan.is_decode else paged_prefill
         o, lse = attend(q, pool, plan, **how)
     o = o.reshape(*query.shape[:-1], v.shape[-1])

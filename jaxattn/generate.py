@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxattn.call import Choices, Stop, check_call
 from jaxattn.call import Sizes as Sizes
-from jaxattn.call import check_call
 from jaxattn.checks import FLOAT_DTYPES
 from jaxattn.generator import Generation as Generation
 from jaxattn.generator import Generator as Generator
@@ -24,6 +24,7 @@ from jaxattn.kv_scales import FP8_DTYPES
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.families import FAMILIES
 from jaxattn.models.weights import Params, load, read_config
+from jaxattn.outputs import first_stop, may_stop
 from jaxattn.steps import Requests as Requests
 from jaxattn.steps import Sampling as Sampling
 from jaxattn.steps import State as State
@@ -36,10 +37,15 @@ def generate(
     prompts: Sequence[Sequence[int]] | np.ndarray,
     *,
     max_new_tokens: int | Sequence[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | None | Sequence[int | None] = None,
+    top_p: float | Sequence[float] = 1.0,
+    min_p: float | Sequence[float] = 0.0,
+    stop: Stop | Sequence[Stop] = None,
+    logprobs: int | None | Sequence[int | None] = None,
     seed: int = 0,
     eos_token_ids: int | Sequence[int] | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
     page_size: int = 16,
     num_pages: int | None = None,
     max_context: int | None = None,
@@ -58,17 +64,27 @@ def generate(
     Args:
       params, config: from `load`.
       prompts: token ids of each request: sequences of integers of any lengths, none empty, or a 2-D integer array.
-      max_new_tokens: for all requests, or of each.
-      temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-      top_p: in (0, 1]; draws among the likeliest tokens, as few as hold this much probability, and their ties.
-      seed: of the draws, at least 0; the same seed gives the same tokens.
-      eos_token_ids: tokens that end a request, or one: `config.eos_token_ids` say.
+      max_new_tokens: for all requests, or of each; so are the next four, and logprobs.
+      temperature: 0 takes the likeliest token, the first of equals; otherwise logits are divided by it.
+      top_k: draws among so many likeliest tokens, and their ties; None: among all.
+      top_p: in (0, 1]; draws among the likeliest tokens, as few as hold this share of the probability that top_k
+        leaves, and their ties.
+      min_p: in [0, 1]; draws among the tokens of at least min_p times the likeliest one's probability.
+      stop: strings that end a request: one or several for all, or of each request a string, several or None. They are
+        looked for in the text of its new tokens, also across tokens. `Generation.texts` end before the string;
+        `Generation.tokens` end with the token that completes it.
+      logprobs: how many of the likeliest tokens have their log-probabilities returned, beside the token taken; 0: that
+        one's alone; None: none.
+      seed: of the draws, at least 0; the same seed gives the same tokens. A request's draws depend on the seed and on
+        its place in the batch, not on the other requests.
+      eos_token_ids: tokens that end a request, or one: `config.eos_token_ids` say. The token is part of the result.
+      decode: the text of token ids, `tokenizer.decode` say; stop strings need it, and `Generation.texts`.
       page_size: tokens a page.
       num_pages: pages of the cache; default: as many as the requests need, rounded up.
       max_context: tokens of a request at most, prompt and new ones; default: as many as the longest needs, rounded up.
       prefill_chunk: prompt tokens that pass through the model at once, at most.
       stream_every: decode steps between the host's looks at the tokens. A GPU takes all of them, also
-        where every request ends before the last.
+        where every request ends before the last, and what follows a stop string is dropped.
       stream: called with (request, its latest tokens) as they come.
       progress: called with (prompt tokens done, prompt tokens in all) after each chunk.
       kv_dtype: of the cache: None for the weights'; "fp8" or a float8 dtype, as for a `Generator`.
@@ -83,9 +99,14 @@ def generate(
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        stop=stop,
+        logprobs=logprobs,
         seed=seed,
         eos_token_ids=eos_token_ids,
+        decode=decode,
         stream=stream,
         progress=progress,
     )
@@ -113,7 +134,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", help="file with a prompt on each line")
     add("--max-new-tokens", type=int, default=128, help="for each prompt (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0: the likeliest token (%(default)s)")
+    add("--top-k", type=int, help="so many likeliest tokens to draw from (all)")
     add("--top-p", type=float, default=1.0, help="nucleus to draw from (%(default)s)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="least share of the largest probability (%(default)s)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        help="text that ends a request; may be given several times",
+    )
     add("--seed", type=int, default=0, help="of the draws (%(default)s)")
     add("--page-size", type=int, default=16, help="tokens a page (%(default)s)")
     add("--num-pages", type=int, help="pages of the cache (as many as needed)")
@@ -134,23 +168,31 @@ def _run(args: argparse.Namespace) -> None:
     encode, decode = _tokenizer(Path(args.model))
     ids = [encode(prompt) for prompt in prompts]
     options: dict[str, Any] = dict(
-        max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
+        top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        stop=args.stop,
         seed=args.seed,
         eos_token_ids=config.eos_token_ids,
+        decode=decode,
     )
-    check_call(config, sizes, ids, **options)  # weights take a minute to read, these a second
+    # Weights take a minute to read, these a second.
+    check_call(config, sizes, ids, max_new_tokens=args.max_new_tokens, choices=Choices(**options))
     config, params = load(args.model, args.dtype, progress=_progress("loading", "weights"))
-    out = _StreamedText(decode) if len(prompts) == 1 else None
+    out = _StreamedText(decode, args.stop) if len(prompts) == 1 else None
     generation = Generator(params, config, sizes, kv_dtype=args.kv_dtype).generate(
-        ids, **options, stream=out, progress=_progress("prefill", "tokens")
+        ids,
+        max_new_tokens=args.max_new_tokens,
+        **options,
+        stream=out,
+        progress=_progress("prefill", "tokens"),
     )
     if out:
         out.finish()
     else:
-        for i, tokens in enumerate(generation.tokens):
-            print(f"[{i}] {decode(tokens)}")
+        for i, text in enumerate(generation.texts or []):
+            print(f"[{i}] {text}")
     print(generation.summary(), file=sys.stderr)
 
 
@@ -189,20 +231,23 @@ def _tokenizer(
 class _StreamedText:
     """Prints one request's text as its tokens come."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]):
-        self.decode = decode
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]):
+        self.decode, self.stops = decode, stops
         self.tokens: list[int] = []
         self.printed = 0
 
     def __call__(self, request: int, tokens: list[int]) -> None:
         self.tokens += tokens
-        # A character whose last bytes are yet to come decodes as U+FFFD: hold it back.
-        self._print(self.decode(self.tokens).rstrip("\ufffd"), end="")
+        # Held back: a character whose last bytes are yet to come, which decodes as U+FFFD, and what may become a stop
+        # string.
+        text = self.decode(self.tokens).rstrip("\ufffd")
+        self._print(text[: may_stop(text, self.stops)], end="")
 
     def finish(self) -> None:
         self._print(self.decode(self.tokens), end="\n")
 
     def _print(self, text: str, end: str) -> None:
+        text = text[: first_stop(text, self.stops)]
         print(text[self.printed :], end=end, flush=True)
         self.printed = max(self.printed, len(text))
 

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxattn.call import Call, Sizes, check_call, pages_needed
+from jaxattn.call import NO_TOP_K, Call, Choices, Draw, Sizes, check_call, pages_needed
 from jaxattn.kv_scales import fp8_dtype
 from jaxattn.models import decoder
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.weights import Params
+from jaxattn.outputs import Outputs
 from jaxattn.page_rings import allocate_pages
-from jaxattn.steps import Requests, State, decode_steps, prefill_step
+from jaxattn.steps import Draws, LogProbs, Requests, State, decode_steps, prefill_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,12 @@ class Generation:
     """What `generate` returns.
 
     Attributes:
-      tokens: the new tokens of each request; one that ended by an EOS token ends with it.
+      tokens: the new tokens of each request; one that ended by an EOS token ends with it, one that ended by a stop
+        string with the token that completed it.
+      texts: of each request, `decode` of its tokens, up to the stop string that ended it; None without a `decode`.
+      logprobs: natural logarithms of the probabilities of each request's tokens, in the model's own distribution,
+        before temperature and limits; empty where not asked for.
+      top_logprobs: likewise, of the likeliest tokens at each place: token to log-probability, the likeliest first.
       prompt_tokens: tokens of all prompts.
       compile_s: seconds of compilation; not in the next two.
       prefill_s: seconds from the first chunk until every prompt had its first new token.
@@ -39,6 +45,9 @@ class Generation:
     """
 
     tokens: list[list[int]]
+    texts: list[str] | None
+    logprobs: list[list[float]]
+    top_logprobs: list[list[dict[int, float]]]
     prompt_tokens: int
     compile_s: float
     prefill_s: float
@@ -71,7 +80,9 @@ class Generator:
     longest context that one of its requests may reach, prompt and new tokens: keys in the cache keep theirs.
 
     Compiled programs are kept by the process, the 32 used last, for every Generator of a like model. Calls share one if
-    their sizes round to the same and their sampling is the same: other lengths and tokens do not compile again.
+    their sizes round to the same and their steps do the same: take the likeliest token of all requests, or draw, or
+    draw with a top_k or top_p; with log-probabilities or without. Other lengths, tokens and values do not compile
+    again.
 
     Args:
       params, config: from `load`.
@@ -107,26 +118,21 @@ class Generator:
         prompts: Sequence[Sequence[int]] | np.ndarray,
         *,
         max_new_tokens: int | Sequence[int],
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        eos_token_ids: int | Sequence[int] | None = None,
         stream: Callable[[int, list[int]], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **choices: Any,
     ) -> Generation:
         """Continues prompts, all in one batch. One call at a time uses the cache; another beside it makes its own.
 
-        Args and raises: as `jaxattn.generate.generate`.
+        Args and raises: as `jaxattn.generate.generate`, whose temperature, top_k, top_p, min_p, stop, logprobs, seed,
+        eos_token_ids and decode are `choices`.
         """
         call = check_call(
             self.config,
             self.sizes,
             prompts,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            eos_token_ids=eos_token_ids,
+            choices=Choices(**choices),
         )
         batch = round_up(len(call.prompts))
         owned = pages_needed(self.config, self.sizes, call)
@@ -138,6 +144,7 @@ class Generator:
             token=jnp.zeros(batch, jnp.int32),
             generated=jnp.zeros(batch, jnp.int32),
             done=jnp.arange(batch, dtype=jnp.int32) >= len(call.prompts),
+            logprobs=self._log(call, batch),
         )
 
         # Prompts end to end, cut into chunks; short ones do not pay for a long chunk.
@@ -145,7 +152,7 @@ class Generator:
         chunk = min(self.sizes.prefill_chunk, round_up(total))
         laid_out = np.zeros(-(-total // chunk) * chunk, np.int32)
         laid_out[:total] = np.concatenate(call.prompts)
-        outputs: list[list[int]] = [[] for _ in call.prompts]
+        outputs = Outputs(call, stream)
 
         try:
             started = time.perf_counter()
@@ -165,12 +172,12 @@ class Generator:
                 if progress:
                     state.token.block_until_ready()
                     progress(min(begin + chunk, total), total)
-            _collect(outputs, np.asarray(state.token)[None, :], stream)
+            state = _taken(state, state.token[None, :], outputs)
             prefilled = time.perf_counter()
 
             while not np.asarray(state.done).all():
                 state, tokens = run_decode(self.params, state, requests)
-                _collect(outputs, np.asarray(tokens), stream)
+                state = _taken(state, tokens, outputs)
             decoded = time.perf_counter()
         except BaseException:
             # The traceback keeps this frame alive, and must not keep a cache.
@@ -179,8 +186,23 @@ class Generator:
             raise
         self._caches = state.caches
         return Generation(
-            outputs, total, compiled - started, prefilled - compiled, decoded - prefilled
+            outputs.tokens,
+            outputs.texts(),
+            outputs.logprobs,
+            outputs.top_logprobs,
+            total,
+            compiled - started,
+            prefilled - compiled,
+            decoded - prefilled,
         )
+
+    def _log(self, call: Call, batch: int) -> LogProbs | None:
+        """Room for the log-probabilities of a call of `decode_steps`, of as many tokens as most are asked for."""
+        asked = [n for n in call.logprobs if n is not None]
+        if not asked:
+            return None
+        n = min(round_up(max(asked)), self.config.vocab_size) if max(asked) else 0
+        return LogProbs.empty(self.sizes.stream_every, batch, n)
 
     def _take_caches(self, needed: list[int]) -> decoder.Caches:
         """The caches kept from the last call if they have the pages that this one needs, else new ones.
@@ -238,6 +260,7 @@ class Generator:
             eos=jnp.asarray(eos),
             key=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(call.seed), places),
             cos_sin_caches=cos_sin_caches,
+            draws=_draws(call, more),
         )
 
     def _rope_tables(self, longest: int) -> tuple[jax.Array, ...]:
@@ -265,15 +288,19 @@ def round_up(size: int) -> int:
     return -(-size // step) * step
 
 
-def _collect(
-    outputs: list[list[int]], tokens: np.ndarray, stream: Callable[[int, list[int]], None] | None
-) -> None:
-    """Appends tokens [steps, b], -1 for none, to each request's; b may be more requests than there are."""
-    for request, column in enumerate(tokens.T[: len(outputs)]):
-        new = column[column >= 0].tolist()
-        outputs[request].extend(new)
-        if stream and new:
-            stream(request, new)
+def _draws(call: Call, more: int) -> Draws | None:
+    """How each request draws, and `more` that fill the batch; None where all take the likeliest token."""
+    if not call.sampling.draws:
+        return None
+    columns = zip(*call.draws, *[Draw(0.0, NO_TOP_K, 1.0, 0.0)] * more)
+    dtypes = (np.float32, np.int32, np.float32, np.float32)
+    return Draws(*(jnp.asarray(np.array(x, dtype)) for x, dtype in zip(columns, dtypes)))
+
+
+def _taken(state: State, tokens: jax.Array, outputs: Outputs) -> State:
+    """The state after the host has read tokens [steps, b]: requests whose text has come to a stop string are done."""
+    stopped = outputs.take(np.asarray(tokens), state.logprobs)
+    return state._replace(done=state.done | jnp.asarray(stopped)) if stopped.any() else state
 
 
 def _compile(function: Any, *args: Any, **static: Any) -> Callable[..., Any]:

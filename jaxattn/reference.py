@@ -315,6 +315,16 @@ def fused_add_rmsnorm(
     return normed.astype(x.dtype), total.astype(residual.dtype)
 
 
+def activate_and_multiply(x: Array, activation: str) -> Array:
+    """`activation(x[..., :d]) * x[..., d:]` of x [..., 2 d], rounded once; "silu", "gelu" or "gelu_tanh"."""
+    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    if activation == "silu":
+        activated = jax.nn.silu(gate)
+    else:
+        activated = jax.nn.gelu(gate, approximate=activation == "gelu_tanh")
+    return (activated * up).astype(x.dtype)
+
+
 def rope_frequencies(
     rotary_dim: int,
     rope_theta: float,

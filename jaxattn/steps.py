@@ -17,7 +17,6 @@ Axes: b requests, c tokens of a chunk, w pages of a block-table row.
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -28,25 +27,29 @@ from jaxattn.kv_cache import get_batch_indices_positions
 from jaxattn.models import decoder
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.weights import Params
+from jaxattn.sampling import sampling_from_logits
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: static, since a greedy loop has no business sorting a vocabulary.
+    """What a step does beside taking the likeliest token: static, since a loop has no business doing it for nobody.
 
     Attributes:
-      temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-      top_p: in (0, 1]; draws among the likeliest tokens, as few as hold this much probability, and their ties.
+      draws: some request has a temperature, and `Requests.draws` says how each draws.
+      limits: some request that draws has a top_k or a top_p.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
+    draws: bool = False
+    limits: bool = False
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or positive; got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
+
+class Draws(NamedTuple):
+    """How each request draws, as `sampling_from_logits` has it."""
+
+    temperature: Array  # float32 [b]
+    top_k: Array  # int32 [b]
+    top_p: Array  # float32 [b]
+    min_p: Array  # float32 [b]
 
 
 class Requests(NamedTuple):
@@ -60,6 +63,27 @@ class Requests(NamedTuple):
     eos: Array  # int32 [any], the tokens that end a request; -1 for none
     key: Array  # [b], the random key of each
     cos_sin_caches: tuple[Array, ...]  # float32 [max_context, rotary_dim], from `rope_tables`
+    draws: Draws | None = None  # None: all take the likeliest token
+
+
+class LogProbs(NamedTuple):
+    """Natural logarithms of the model's own probabilities, before temperature and limits.
+
+    Row i is of the i-th step of a call of `decode_steps`; row 0 after prefill of the first new token.
+    """
+
+    token: Array  # float32 [num_steps, b], of the token taken
+    likeliest: Array  # int32 [num_steps, b, n], tokens in descending order
+    values: Array  # float32 [num_steps, b, n], theirs
+
+    @classmethod
+    def empty(cls, num_steps: int, batch: int, n: int) -> "LogProbs":
+        shape = num_steps, batch, n
+        return cls(
+            jnp.zeros(shape[:2], jnp.float32),
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros(shape, jnp.float32),
+        )
 
 
 class State(NamedTuple):
@@ -70,30 +94,41 @@ class State(NamedTuple):
     token: Array  # int32 [b], sampled last and not in the caches yet
     generated: Array  # int32 [b], tokens sampled so far
     done: Array  # bool [b]
+    logprobs: LogProbs | None = None  # None: not kept
 
 
-def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
-    """Draws a token for each request.
+def sample(
+    logits: Array,
+    keys: Array,
+    draws: Draws | None,
+    sampling: Sampling,
+    *,
+    backend: str | None = None,
+) -> Array:
+    """Takes a token for each request.
 
     Args:
       logits: float32 [b, vocab].
       keys: random keys [b].
+      draws: how each draws; None: takes the likeliest, as sampling must say too.
       sampling: static.
+      backend: as `sampling_from_logits`.
 
     Returns:
-      int32 [b].
+      int32 [b]; 0 where no token has a probability.
     """
-    if sampling.temperature == 0:
+    if not sampling.draws or draws is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-    if sampling.top_p < 1:
-        likeliest = -jnp.sort(-logits, axis=-1)
-        probability = jax.nn.softmax(likeliest, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        # The least of the logits that are needed to reach top_p; the first always is.
-        kept = jnp.where(before < sampling.top_p, likeliest, jnp.inf)
-        logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    token = sampling_from_logits(
+        logits,
+        keys,
+        temperature=draws.temperature,
+        top_k=draws.top_k if sampling.limits else None,
+        top_p=draws.top_p if sampling.limits else None,
+        min_p=draws.min_p,
+        backend=backend,
+    )
+    return jnp.maximum(token, 0)
 
 
 @functools.partial(
@@ -136,7 +171,7 @@ def prefill_step(
     )
     ends = (state.kv_len < requests.prompt_len) & (kv_len == requests.prompt_len)
     state = state._replace(caches=caches, kv_len=kv_len)
-    return _accept(state, requests, logits, ends, sampling)
+    return _accept(state, requests, logits, ends, sampling, backend, step=0)
 
 
 @functools.partial(
@@ -191,7 +226,7 @@ def decode_steps(
             params, config, batch, state.caches, requests.cos_sin_caches, backend=backend
         )
         state = state._replace(caches=caches, kv_len=jnp.where(active, kv_len, state.kv_len))
-        state = _accept(state, requests, logits, active, sampling)
+        state = _accept(state, requests, logits, active, sampling, backend, step)
         new = jnp.where(active, state.token, -1)
         # `.at[step].set` would check its index, in a kernel of its own.
         return step + 1, state, jax.lax.dynamic_update_index_in_dim(tokens, new, step, axis=0)
@@ -202,12 +237,41 @@ def decode_steps(
 
 
 def _accept(
-    state: State, requests: Requests, logits: Array, active: Array, sampling: Sampling
+    state: State,
+    requests: Requests,
+    logits: Array,
+    active: Array,
+    sampling: Sampling,
+    backend: str | None,
+    step: Array | int,
 ) -> State:
     """Samples the next token of the active requests; one that ends its request marks it done."""
     # The key depends on the request and its token alone, so chunks do not change what is drawn.
     keys = jax.vmap(jax.random.fold_in)(requests.key, state.generated)
-    token = jnp.where(active, sample(logits, keys, sampling), state.token)
+    new = sample(logits, keys, requests.draws, sampling, backend=backend)
+    token = jnp.where(active, new, state.token)
     generated = state.generated + active.astype(jnp.int32)
     ended = (token[:, None] == requests.eos[None, :]).any(axis=1) | (generated >= requests.limit)
+    if state.logprobs is not None:
+        kept = _logprobs(logits, token, state.logprobs.values.shape[-1])
+        state = state._replace(logprobs=_written(state.logprobs, step, kept, active))
     return state._replace(token=token, generated=generated, done=state.done | active & ended)
+
+
+def _logprobs(logits: Array, token: Array, n: int) -> LogProbs:
+    """Of one step, [b] and [b, n]."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    own = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    values, likeliest = jax.lax.top_k(logits, n)
+    return LogProbs((own - total)[:, 0], likeliest.astype(jnp.int32), values - total)
+
+
+def _written(log: LogProbs, step: Array | int, new: LogProbs, active: Array) -> LogProbs:
+    """The log with the active requests' row of a step."""
+
+    def write(rows: Array, row: Array) -> Array:
+        chosen = active.reshape(-1, *[1] * (row.ndim - 1))
+        kept = jax.lax.dynamic_index_in_dim(rows, step, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(chosen, row, kept), step, axis=0)
+
+    return jax.tree.map(write, log, new)

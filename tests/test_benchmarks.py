@@ -50,6 +50,7 @@ def test_both_runs_cover_every_op():
     ops = {"decode", "decode_step", "decode_loop", "prefill", "append", "merge_states"}
     ops |= {"rmsnorm", "fused_add_rmsnorm", "rope", "rope_append", "plan_decode"}
     ops |= {"grouped_matmul"}
+    ops |= {"sampling", "silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"}
     assert {c.op for c in SMOKE} == ops == {c.op for c in cases.select()}
 
 
@@ -173,7 +174,20 @@ def test_inputs_are_random_and_pages_permuted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("small", [c for c in SMOKE if c.op != "plan_decode"], ids=lambda c: c.id)
+@pytest.mark.parametrize("small", [c for c in SMOKE if c.op == "sampling"], ids=lambda c: c.id)
+def test_oracle_of_draws_catches_one_wrong_token(small):
+    x = make_inputs(small)
+    oracle = make_oracle(small, x)
+    (tokens,) = ours.make_call(small, x).run()
+    assert oracle.error([tokens]) == 0
+    for wrong in (int(x.rows[-1].argmin()), -1, small.vocab):
+        assert oracle.error([tokens.at[-1].set(wrong)]) > tolerance(small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "small", [c for c in SMOKE if c.op not in ("plan_decode", "sampling")], ids=lambda c: c.id
+)
 def test_oracle_passes_ours_and_catches_one_wrong_row(small):
     x = make_inputs(small)
     oracle = make_oracle(small, x)

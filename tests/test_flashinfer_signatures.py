@@ -110,7 +110,26 @@ CLASSES = {
         run="self, q, paged_kv_cache",
     ),
 }
+RANDOM = "deterministic=True, generator=None, check_nan=False, seed=None, offset=None"
+ORDER = "filter_apply_order='top_k_first'"
+# Their names are also those of functions that take a key.
+DRAWS = {
+    "sampling_from_probs": f"probs, indices=None, {RANDOM}, return_valid=False",
+    "sampling_from_logits": f"logits, indices=None, {RANDOM}",
+    "top_p_sampling_from_probs": f"probs, top_p, indices=None, {RANDOM}, return_valid=False",
+    "top_k_sampling_from_probs": f"probs, top_k, indices=None, {RANDOM}, return_valid=False",
+    "min_p_sampling_from_probs": f"probs, min_p, indices=None, {RANDOM}, return_valid=False",
+    "top_k_top_p_sampling_from_probs": f"probs, top_k, top_p, indices=None, {ORDER}, {RANDOM}, return_valid=False",
+    "top_k_top_p_sampling_from_logits": f"logits, top_k, top_p, indices=None, {ORDER}, {RANDOM}",
+}
 FUNCTIONS = {
+    **DRAWS,
+    "top_p_renorm_probs": "probs, top_p, is_deterministic=False",
+    "top_k_renorm_probs": "probs, top_k, is_deterministic=False",
+    "top_k_mask_logits": "logits, top_k",
+    "silu_and_mul": "input, out=None, enable_pdl=None",
+    "gelu_and_mul": "input, out=None, enable_pdl=None",
+    "gelu_tanh_and_mul": "input, out=None, enable_pdl=None",
     "packbits": "x, bitorder='big'",
     "segment_packbits": "x, indptr, bitorder='big'",
     "single_decode_with_kv_cache": "q, k, v, kv_layout='NHD', pos_encoding_mode='NONE', "
@@ -168,11 +187,11 @@ def test_signature(name, theirs):
 
 
 def test_top_level_names_are_the_same():
-    """Except append's, which takes a PageTable there, and those of bits, which are a MaskBits' there."""
+    """Except append's, which takes a PageTable there, and the draws', which take a key there."""
     names = {*CLASSES, *FUNCTIONS, "single_prefill_with_kv_cache_return_lse"}
     assert names <= vars(flashinfer).keys()
     differ = {name for name in names if getattr(ja, name) is not getattr(flashinfer, name)}
-    assert differ == {"append_paged_kv_cache"}
+    assert differ == {"append_paged_kv_cache", *DRAWS}
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith(("Batch", "CUDA"))])

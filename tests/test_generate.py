@@ -3,6 +3,7 @@
 The oracle is `dense_logits` of the demo, which knows neither pages nor kernels.
 """
 
+import functools
 import json
 import logging
 import re
@@ -21,8 +22,9 @@ from jaxattn.generate import Generator, Sizes, generate, main
 from jaxattn.generator import round_up
 from jaxattn.models import decoder
 from jaxattn.models.weights import load
+from jaxattn.outputs import first_stop, may_stop
 from jaxattn.page_rings import allocate_pages
-from jaxattn.steps import Requests, Sampling, State, decode_steps, sample
+from jaxattn.steps import Draws, Requests, Sampling, State, decode_steps, sample
 
 PARAMS = random_params(CONFIG)
 PROMPTS = random_prompts([1, 30, 9, 16])
@@ -131,13 +133,20 @@ def test_draws_follow_the_seed_alone():
 def test_sample():
     logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.3, 0.1], [0.25, 0.2, 0.3, 0.25]], jnp.float32))
 
-    def drawn(request, n=500, **how):
+    def drawn(request, n=500, *, temperature, top_p=1.0):
         keys = jax.random.split(jax.random.key(0), n)
         rows = jnp.broadcast_to(logits[request], (n, 4))
-        tokens = np.asarray(sample(rows, keys, Sampling(**how)))
+        draws = Draws(
+            jnp.full(n, temperature),
+            jnp.full(n, 2**31 - 1, jnp.int32),
+            jnp.full(n, top_p),
+            jnp.zeros(n),
+        )
+        tokens = np.asarray(sample(rows, keys, draws, Sampling(draws=True, limits=top_p < 1)))
         return np.bincount(tokens, minlength=4) / n
 
-    assert sample(logits, jax.random.split(jax.random.key(0), 2), Sampling()).tolist() == [1, 2]
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert sample(logits, keys, None, Sampling()).tolist() == [1, 2]
     np.testing.assert_allclose(drawn(0, temperature=1.0), [0.1, 0.5, 0.3, 0.1], atol=0.1)
     np.testing.assert_allclose(drawn(0, temperature=0.1), [0, 1, 0, 0], atol=0.05)
     np.testing.assert_allclose(drawn(0, temperature=1.0, top_p=0.4), [0, 1, 0, 0])
@@ -145,6 +154,110 @@ def test_sample():
     np.testing.assert_allclose(drawn(0, temperature=1.0, top_p=0.6), [0, 5 / 8, 3 / 8, 0], atol=0.1)
     np.testing.assert_allclose(drawn(1, temperature=1.0, top_p=1e-6), [0, 0, 1, 0])
     assert (drawn(1, temperature=1.0, top_p=0.9) > 0).all()
+
+
+@pytest.mark.slow
+def test_requests_draw_side_by_side(greedy):
+    """Each with its own limits; those that leave one token give the greedy ones."""
+    n = 6
+    draw = functools.partial(generate, PARAMS, CONFIG, PROMPTS, max_new_tokens=n, seed=2)
+    choices = dict(temperature=[0.0, 1.5, 1.5, 1.5], top_k=[None, 1, None, 7])
+    mixed = draw(**choices, top_p=[1.0, 1.0, 1e-6, 0.9], min_p=[0.0, 0.0, 0.0, 0.01]).tokens
+    assert [tokens[:n] for tokens in greedy[:2]] == mixed[:2]
+    assert mixed[2][:1] == greedy[2]
+    assert mixed[3] != greedy[3][:n]
+    alike = draw(temperature=[0.0, 0.0, 0.0, 1.5], top_k=7, top_p=0.9, min_p=0.01).tokens
+    assert alike[3] == mixed[3]
+
+
+@pytest.mark.slow
+def test_values_of_requests_compile_nothing(caplog):
+    def run(**how):
+        prompts = random_prompts([3, 20], seed=1)
+        return generate(PARAMS, CONFIG, prompts, max_new_tokens=4, stream_every=2, **how)
+
+    assert compilations(caplog, lambda: run(temperature=0.5, top_k=3, logprobs=3)) > 0
+    more = dict(temperature=[0.0, 2.0], top_p=[0.4, 1.0], top_k=[None, 9], logprobs=[None, 4])
+    assert compilations(caplog, lambda: run(**more, min_p=0.1, seed=4)) == 0
+
+
+@pytest.mark.slow
+def test_logprobs_are_the_models(greedy):
+    result = generate(
+        PARAMS,
+        CONFIG,
+        PROMPTS,
+        max_new_tokens=LIMITS,
+        logprobs=[3, None, 0, 5],
+        temperature=[0.0, 0.0, 0.0, 3.0],
+        prefill_chunk=7,
+        stream_every=5,
+    )
+    assert [len(own) for own in result.logprobs] == [LIMITS[0], 0, 1, LIMITS[3]]
+    assert [len(own) for own in result.top_logprobs] == [LIMITS[0], 0, 1, LIMITS[3]]
+    for request, n in ((0, 3), (2, 0), (3, 5)):
+        prompt, tokens = PROMPTS[request], result.tokens[request]
+        before = jnp.asarray(prompt + tokens[:-1], jnp.int32)
+        logits = demo.dense_logits(PARAMS, CONFIG, before, jnp.float32)[len(prompt) - 1 :]
+        truth = np.asarray(logits, np.float64)
+        truth -= np.log(np.exp(truth).sum(axis=1, keepdims=True))
+        own = truth[np.arange(len(tokens)), tokens]
+        np.testing.assert_allclose(result.logprobs[request], own, atol=1e-4)
+        for told, row in zip(result.top_logprobs[request], truth, strict=True):
+            likeliest = np.argsort(-row)[:n].tolist()
+            assert list(told) == likeliest
+            np.testing.assert_allclose(list(told.values()), row[likeliest], atol=1e-4)
+
+
+def spelled(tokens) -> str:
+    """A text in which no token ends where a word does."""
+    return "".join(f"{token:03d}" for token in tokens)
+
+
+@pytest.mark.parametrize("stream_every", [1, 4, 32])
+def test_stop_strings_end_a_request(greedy, stream_every):
+    """Across tokens, in the first token, of one request and of all; nothing of what follows comes out."""
+    across = spelled(greedy[0])[10:17]  # from token 3 to token 5
+    first = spelled(greedy[3])[:2]
+    pieces = [[] for _ in PROMPTS]
+    result = generate(
+        PARAMS,
+        CONFIG,
+        PROMPTS,
+        max_new_tokens=LIMITS,
+        stop=[["no such text", across], None, [], first],
+        decode=spelled,
+        stream_every=stream_every,
+        logprobs=0,
+        stream=lambda request, tokens: pieces[request].extend(tokens),
+    )
+    at = spelled(greedy[0]).find(across)
+    end = -(-(at + len(across)) // 3)
+    assert at > 0 and end < LIMITS[0]
+    assert result.tokens == [greedy[0][:end], greedy[1], greedy[2], greedy[3][:1]] == pieces
+    assert result.texts == [spelled(greedy[0])[:at], *map(spelled, greedy[1:3]), ""]
+    assert [len(own) for own in result.logprobs] == [len(own) for own in result.tokens]
+    everywhere = generate(
+        PARAMS, CONFIG, PROMPTS, max_new_tokens=LIMITS, stop=["no such text", first], decode=spelled
+    )
+    for text, tokens in zip(everywhere.texts, greedy, strict=True):
+        assert text == spelled(tokens).split(first)[0]
+
+
+@pytest.mark.parametrize(
+    "text, stops, end, held",
+    [
+        ("no end", [], None, 6),
+        ("an end, and an end", ["and", " end"], 2, 18),
+        ("a STO", ["STOP", "TOM"], None, 2),
+        ("a TO", ["STOP", "TOM"], None, 2),
+        ("a TOP", ["STOP"], None, 5),
+        ("aaa", ["aaaa"], None, 0),
+    ],
+)
+def test_where_a_text_stops(text, stops, end, held):
+    assert first_stop(text, stops) == end
+    assert may_stop(text, stops) == held
 
 
 def compilations(caplog, run) -> int:
@@ -353,6 +466,15 @@ def test_what_is_no_prompt(change, message):
         (dict(max_context=257), "257 tokens exceeds config.max_position_embeddings=256"),
         (dict(temperature=-0.5), "temperature must be 0 or positive; got -0.5"),
         (dict(top_p=0.0), r"top_p must be in \(0, 1\]; got 0.0"),
+        (dict(top_p=[0.5]), "top_p must be one number, or one for each of 2 prompts; got 1"),
+        (dict(temperature=[0.5, "1"]), "temperature must be 0 or positive; got '1'"),
+        (dict(top_k=[None, 0]), "top_k must be a positive integer; got 0"),
+        (dict(min_p=1.5), r"min_p must be in \[0, 1\]; got 1.5"),
+        (dict(logprobs=-1), "logprobs must be None or an integer from 0 to"),
+        (dict(logprobs=[1, True]), "logprobs must be None or an integer.* got True"),
+        (dict(stop="x"), "stop strings need decode="),
+        (dict(stop=["x", ""], decode=str), "stop must be strings that are not empty"),
+        (dict(stop=[["x"]], decode=str), "or of each of 2 prompts; got 1"),
         (dict(page_size=0), "page_size must be a positive integer; got 0"),
         (dict(prefill_chunk=0), "prefill_chunk must be a positive integer; got 0"),
         (dict(stream_every=0), "stream_every must be a positive integer; got 0"),
@@ -391,6 +513,11 @@ def decode_loop(config, dtype, *, num_pages, num_steps, sampling, kv_dtype=None)
         jax.ShapeDtypeStruct((1,), jnp.int32),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b)),
         (jax.ShapeDtypeStruct((128, config.head_dim), jnp.float32),) * len(config.ropes),
+        Draws(
+            *(jax.ShapeDtypeStruct((b,), dtype) for dtype in ("float32", "int32", *["float32"] * 2))
+        )
+        if sampling.draws
+        else None,
     )
     static = dict(num_steps=num_steps, config=config, sampling=sampling, backend=None)
     return jax.jit(lambda *args: decode_steps(*args, **static), donate_argnums=1), (
@@ -401,7 +528,7 @@ def decode_loop(config, dtype, *, num_pages, num_steps, sampling, kv_dtype=None)
 
 
 def compiled_loop(config, dtype, **sizes):
-    loop, args = decode_loop(config, dtype, sampling=Sampling(0.8, 0.9), **sizes)
+    loop, args = decode_loop(config, dtype, sampling=Sampling(draws=True, limits=True), **sizes)
     return loop.lower(*args).compile()
 
 
@@ -461,7 +588,7 @@ def check_no_host_round_trip_per_token(compile):
     uncounted = lambda x: jax.lax.while_loop(lambda x: (x < 9).any(), lambda x: x * x, x)
     assert len(host_round_trips(compile(uncounted, x))) == 1
 
-    for sampling in (Sampling(), Sampling(0.8, 0.9)):
+    for sampling in (Sampling(), Sampling(draws=True, limits=True)):
         loop, args = decode_loop(
             CONFIG, jnp.bfloat16, num_pages=64, num_steps=16, sampling=sampling
         )
@@ -515,6 +642,12 @@ def test_cli_streams_text(checkpoint, capsys):
     assert streamed == tokenizer.decode(tokens) + "\n"
     assert "loading: 9/9 weights" in progress and f"prefill: {len(prompt)}" in progress
     assert "decode 39 tokens at" in progress and "s of compilation" in progress
+    text = tokenizer.decode(tokens)
+    assert cli(*arguments, "--max-new-tokens", 40, "--stop", text[9:12], "--stop", "never") == 0
+    assert capsys.readouterr().out == text.split(text[9:12])[0] + "\n"
+    draws = ("--temperature", 2, "--top-k", 1, "--min-p", 0.1)
+    assert cli(*arguments, "--max-new-tokens", 40, *draws) == 0
+    assert capsys.readouterr().out == streamed
     assert cli(*arguments, "--max-new-tokens", 4, "--kv-dtype", "fp8") == 0
     assert "decode 3 tokens at" in capsys.readouterr().err
 

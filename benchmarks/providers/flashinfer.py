@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.cases import (
+    Activation,
     Append,
     Attention,
     Cached,
@@ -25,6 +26,7 @@ from benchmarks.cases import (
     Plan,
     Rope,
     RopeAppend,
+    Sample,
 )
 from benchmarks.inputs import EPS, AttentionInputs
 from benchmarks.timing import Call
@@ -101,6 +103,23 @@ def _call(case: Case, x: Any) -> Call:
                     positions, q, k, case.head_dim, table
                 )
                 return q, k
+        case Sample():
+            rows = _torch(x.rows)
+            limits = [limit for limit in (case.top_k, case.top_p) if limit]
+            source = "logits" if case.logits else "probs"
+            limited = [f"top_{n}" for n in "kp" if getattr(case, f"top_{n}")]
+            draw = getattr(flashinfer.sampling, "_".join([*limited, "sampling_from", source]))
+
+            def run():
+                return (draw(rows, *limits),)
+        case Activation():
+            rows = _torch(x)
+            y = torch.empty_like(rows[:, : case.hidden])
+            activate = getattr(flashinfer, case.op)
+
+            def run():
+                activate(rows, out=y, enable_pdl=False)
+                return (y,)
         case RopeAppend():
             return _rope_append(case, x)
         case _:

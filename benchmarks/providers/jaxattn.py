@@ -16,6 +16,7 @@ import numpy as np
 
 import jaxattn as ja
 from benchmarks.cases import (
+    Activation,
     Append,
     Attention,
     Case,
@@ -26,6 +27,7 @@ from benchmarks.cases import (
     Plan,
     Rope,
     RopeAppend,
+    Sample,
 )
 from benchmarks.inputs import (
     EPS,
@@ -129,9 +131,28 @@ def make_call(case: Case, x: Any, *, backend: str | None = None, separate: bool 
 
             tokens = (x.qkv, x.batch_indices, x.positions, x.cos_sin_cache)
             return in_place(rope_append, pages, (x.norm_weights, x.pages.table, *tokens))
+        case Sample():
+            draw = jax.jit(functools.partial(_draw, case, backend=backend))
+            return Call(lambda: (draw(x.rows, x.key),))
+        case Activation():
+            activate = jax.jit(functools.partial(getattr(ja, case.op), backend=backend))
+            return Call(lambda: (activate(x),))
         case Loop():
             return _decode_loop(case, x, backend, separate)
     raise TypeError(f"no call for {type(case).__name__}")
+
+
+def _draw(case: Sample, rows: jax.Array, key: jax.Array, *, backend: str | None) -> jax.Array:
+    k, p = case.top_k, case.top_p
+    if case.logits:
+        return ja.sampling_from_logits(rows, key, top_k=k, top_p=p, backend=backend)
+    if k and p:
+        return ja.top_k_top_p_sampling_from_probs(rows, k, p, key, backend=backend)
+    if k:
+        return ja.top_k_sampling_from_probs(rows, k, key, backend=backend)
+    if p:
+        return ja.top_p_sampling_from_probs(rows, p, key, backend=backend)
+    return ja.sampling_from_probs(rows, key, backend=backend)
 
 
 def in_place(fn: Callable[..., Any], updated: tuple[jax.Array, ...], rest: tuple[Any, ...]) -> Call:

@@ -17,6 +17,9 @@ lse is in base 2, as FlashInfer's, where it is returned and where it is merged; 
 of the functional surface.
 """
 
+from jaxattn.flashinfer.activation import gelu_and_mul as gelu_and_mul
+from jaxattn.flashinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
+from jaxattn.flashinfer.activation import silu_and_mul as silu_and_mul
 from jaxattn.flashinfer.attention_sink import (
     BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper,
 )
@@ -50,6 +53,21 @@ from jaxattn.flashinfer.quantization import segment_packbits as segment_packbits
 from jaxattn.flashinfer.ragged_prefill import (
     BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper,
 )
+from jaxattn.flashinfer.sampling import min_p_sampling_from_probs as min_p_sampling_from_probs
+from jaxattn.flashinfer.sampling import sampling_from_logits as sampling_from_logits
+from jaxattn.flashinfer.sampling import sampling_from_probs as sampling_from_probs
+from jaxattn.flashinfer.sampling import top_k_renorm_prob as top_k_renorm_prob
+from jaxattn.flashinfer.sampling import top_k_renorm_probs as top_k_renorm_probs
+from jaxattn.flashinfer.sampling import top_k_sampling_from_probs as top_k_sampling_from_probs
+from jaxattn.flashinfer.sampling import (
+    top_k_top_p_sampling_from_logits as top_k_top_p_sampling_from_logits,
+)
+from jaxattn.flashinfer.sampling import (
+    top_k_top_p_sampling_from_probs as top_k_top_p_sampling_from_probs,
+)
+from jaxattn.flashinfer.sampling import top_p_renorm_prob as top_p_renorm_prob
+from jaxattn.flashinfer.sampling import top_p_renorm_probs as top_p_renorm_probs
+from jaxattn.flashinfer.sampling import top_p_sampling_from_probs as top_p_sampling_from_probs
 from jaxattn.flashinfer.single import single_decode_with_kv_cache as single_decode_with_kv_cache
 from jaxattn.flashinfer.single import single_prefill_with_kv_cache as single_prefill_with_kv_cache
 from jaxattn.flashinfer.single import (
@@ -67,3 +85,4 @@ from jaxattn.rope import apply_rope_with_cos_sin_cache as apply_rope_with_cos_si
 from jaxattn.rope import (
     apply_rope_with_cos_sin_cache_inplace as apply_rope_with_cos_sin_cache_inplace,
 )
+from jaxattn.sampling import top_k_mask_logits as top_k_mask_logits

@@ -112,6 +112,8 @@ OPTIONS: dict[str, Option] = {
     "use_tensor_cores": Meaningless("they are always used"),
     "variant": Meaningless("one kernel takes any strides"),
     "non_blocking": Meaningless("nothing blocks"),
+    "deterministic": Meaningless("nothing depends on an order of additions"),
+    "is_deterministic": Meaningless("nothing depends on an order of additions"),
     # Memory.
     "out": Unwritable(),
     "lse": Unwritable(),

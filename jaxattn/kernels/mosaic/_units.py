@@ -69,13 +69,15 @@ class Unit(NamedTuple):
         return self.head >= 0
 
 
-FIELDS, TREE = (lambda leaves, tree: (len(leaves), tree))(
-    *jax.tree.flatten(
-        Unit(
-            WorkItem(*[0] * len(WorkItem._fields)), 0, Span(*[0] * len(Span._fields)), Phases(0, 0)
-        )
-    )
-)
+def _flat() -> tuple[int, Any]:
+    """(the numbers of a unit, how they make one)."""
+    zero: Any = 0
+    item, span, phases = (kind(*[zero] * len(kind._fields)) for kind in (WorkItem, Span, Phases))
+    leaves, tree = jax.tree.flatten(Unit(item, zero, span, phases))
+    return len(leaves), tree
+
+
+FIELDS, TREE = _flat()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,9 @@ def _attention_kernel(
     @pl.when(warpgroup < COMPUTING)
     def _():
         absent = None if absent_smem is None else absent_smem.at[warpgroup]
-        partials = None if o_partial_ref is None else (o_partial_ref, lse_partial_ref, counts_ref)
+        partials = None
+        if o_partial_ref is not None:
+            partials = dict(o_ref=o_partial_ref, lse_ref=lse_partial_ref, arrivals_ref=counts_ref)
         computing = Computing(
             static,
             warpgroup,
@@ -182,7 +184,7 @@ class Computing:
     sinks_ref: Any
     o_ref: Any
     lse_ref: Any
-    partial_refs: Any  # of o, lse and arrivals; None where no tile is split
+    partial_refs: Any  # those of `Partials`; None where no tile is split
 
     @property
     def softmax(self) -> OnlineSoftmax:
@@ -352,7 +354,7 @@ class Computing:
         pl.when(item.num_splits == 1)(lambda: store(o, lse))
         if self.partial_refs is not None:
             partials = Partials(
-                *self.partial_refs,
+                **self.partial_refs,
                 column=rows.unit.head * COMPUTING + self.warpgroup,
                 columns=self.static.spec.num_kv_heads * COMPUTING,
                 seen=self.seen_smem,

@@ -24,7 +24,7 @@ def both(a: Mask, b: Mask) -> Mask:
     return b if a is None else a if b is None else a & b
 
 
-def load(ref: jax.Ref, index: Any, exist: Mask, other: int = 0) -> jax.Array:
+def load(ref: jax.Ref, index: Any, exist: Mask, other: float = 0) -> jax.Array:
     """ref[index], an array or a tuple of them; `other` where there is no such element."""
     return plgpu.load(ref.at[index], mask=exist, other=None if exist is None else other)
 
