@@ -71,9 +71,11 @@ class Unit(NamedTuple):
 
 def _flat() -> tuple[int, Any]:
     """(the numbers of a unit, how they make one)."""
-    zero: Any = 0
-    item, span, phases = (kind(*[zero] * len(kind._fields)) for kind in (WorkItem, Span, Phases))
-    leaves, tree = jax.tree.flatten(Unit(item, zero, span, phases))
+
+    def blank(kind: Any) -> Any:
+        return kind(*[0] * len(kind._fields))
+
+    leaves, tree = jax.tree.flatten(Unit(blank(WorkItem), jnp.int32(0), blank(Span), blank(Phases)))
     return len(leaves), tree
 
 
