@@ -547,7 +547,7 @@ def _smoke() -> list[Case]:
             batch=2,
             kv_len=9,
             steps=2,
-            num_layers=2,
+            num_layers=1,
             hidden=64,
             intermediate=32,
             vocab=64,

@@ -197,6 +197,15 @@ def test_greedy_tokens(models):
         assert logits.argmax(axis=-1).tolist() == tokens
 
 
+def test_experts_may_be_stacked(tmp_path):
+    model = MODELS["qwen3_moe"]()
+    model.save_pretrained(tmp_path / "apart")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    (apart, ours), (stacked, theirs) = (load(tmp_path / name) for name in ("apart", "stacked"))
+    assert not apart.layers[1].feed_forward.stacked and stacked.layers[1].feed_forward.stacked
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 def test_longrope_beyond_the_original_context(tmp_path):
     """Requests that outgrow 40 tokens take the long factors from their first token on, in every call."""
     torch.manual_seed(0)

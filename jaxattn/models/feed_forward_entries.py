@@ -43,6 +43,7 @@ def qwen3_moe(entries: Entries, tensors: Tensors, num_layers: int) -> list[FeedF
         entries.need("moe_intermediate_size", POSITIVE_INT),
         entries.get("norm_topk_prob", BOOL, False),
         dense.activation,
+        stacked=any(name.endswith(".experts.gate_up_proj") for name in tensors),
     )
     step = entries.need("decoder_sparse_step", POSITIVE_INT)
     without = entries.get("mlp_only_layers", COUNTS, [])

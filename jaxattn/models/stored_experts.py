@@ -13,15 +13,25 @@ from jaxattn.models.mxfp4 import BLOCK, BYTES, dequantize
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Experts(MixtureOfExperts):
-    """One tensor for each projection of each expert."""
+    """One tensor for each projection of each expert.
+
+    Attributes:
+      stacked: whether they are stacked, gate and up too, as transformers 5 holds them and may save them.
+    """
+
+    stacked: bool = False
 
     def sources(self, prefix: str, hidden_size: int) -> ExpertWeights:
         mlp, e, inner = prefix + "mlp.", self.num_experts, self.intermediate_size
 
-        def experts(out: int, size: int, *projections: str) -> Linear:
+        def experts(name: str, out: int, size: int, *projections: str) -> Linear:
+            if self.stacked:
+                return Linear(tensor(f"{mlp}experts.{name}", e, out, size))
             shape = (out // len(projections), size)
             tensors = tuple(
-                (f"{mlp}experts.{i}.{name}.weight", shape) for i in range(e) for name in projections
+                (f"{mlp}experts.{i}.{projection}.weight", shape)
+                for i in range(e)
+                for projection in projections
             )
 
             def build(*stored: np.ndarray) -> np.ndarray:
@@ -31,8 +41,8 @@ class Qwen3Experts(MixtureOfExperts):
 
         return ExpertWeights(
             Linear(tensor(mlp + "gate.weight", e, hidden_size)),
-            experts(2 * inner, hidden_size, "gate_proj", "up_proj"),
-            experts(hidden_size, inner, "down_proj"),
+            experts("gate_up_proj", 2 * inner, hidden_size, "gate_proj", "up_proj"),
+            experts("down_proj", hidden_size, inner, "down_proj"),
         )
 
 
