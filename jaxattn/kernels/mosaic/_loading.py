@@ -80,7 +80,7 @@ class Loader:
     v: Stages
 
     def begin(self, first: Keys) -> None:
-        """The first unit's first keys."""
+        """The first unit's first keys, if it has tiles."""
         raise NotImplementedError
 
     def unit(self, keys: Keys, n: jax.Array, coming: Keys) -> None:
@@ -158,7 +158,9 @@ class RowLoader(Loader):
     """By the threads, each token's row by itself; keys are a tile ahead."""
 
     def begin(self, first: Keys) -> None:
-        self._put(self.k_ref, self.k, jnp.int32(0), self._rows(first, 0))
+        rows = self._rows(first, 0)
+        # Copies that nobody waits for would reach the memory of the block after this one.
+        pl.when(first.span.tiles > 0)(lambda: self._put(self.k_ref, self.k, jnp.int32(0), rows))
 
     def unit(self, keys: Keys, n: jax.Array, coming: Keys) -> None:
         tiles = keys.span.tiles
