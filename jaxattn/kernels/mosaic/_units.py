@@ -18,8 +18,8 @@ from jaxattn.kernels.mosaic.tiles import Config
 from jaxattn.spec import AttentionSpec, Score
 from jaxattn.work_list import WorkItem
 
-# Units in shared memory. The loading warpgroup tells of the unit after the next one. It is at most four tiles ahead of the
-# computing ones, which may be as many units.
+# Units in shared memory. The loading warpgroup tells of the unit after the next one. It is at most four tiles ahead
+# of the computing ones, which may be as many units.
 RING = 8
 
 

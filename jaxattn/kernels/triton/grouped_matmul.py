@@ -36,10 +36,10 @@ class Config:
 def default_config(m: int, num_groups: int, dtype: jax.typing.DTypeLike) -> Config:
     """A tile that holds twice the rows of an average group, as far as that goes.
 
-    A group that one tile holds reads its matrix once: its other tiles would find little of it left in L2. Few rows wait
-    for memory, and what counts is how many bytes of the matrices are under way. H200, 32 tokens of gpt-oss's gates, of
-    16 rows: 64 columns of 128 247.6 us, of 64 257; 128 columns of 128 250, 32 of them 252. Not measured: many rows, which
-    wait for tensor cores, and where two programs fit on a multiprocessor.
+    A group that one tile holds reads its matrix once: its other tiles would find little of it left in L2. Few rows
+    wait for memory, and what counts is how many bytes of the matrices are under way. H200, 32 tokens of gpt-oss's
+    gates, tiles of 16 rows: 64 columns of 128 247.6 us, of 64 257; 128 columns of 128 250, 32 of them 252. Not
+    measured: many rows, which wait for tensor cores, and where two programs fit on a multiprocessor.
     """
     float32 = jnp.dtype(dtype) == jnp.float32
     rows = min(max(pow2(2 * m // num_groups), 16), 64 if float32 else 128)
