@@ -248,7 +248,10 @@ def _limits(
 def _per_row(
     name: str, value: PerRow, rows: int, least: float, most: float, kind: type[int] | type[float]
 ) -> Array:
-    """[b] int32 or float32, clipped; what is on the host must be in its range."""
+    """int32 or float32, clipped, [b], or [1] of a number; what is on the host must be in its range.
+
+    A number is not repeated for each row: that would be a kernel.
+    """
     kinds = "iu" if kind is int else "iuf"
     must = f"{name} must be {'an integer' if kind is int else 'a number'}, or an array [{rows}] of one a row"
     dtype = jnp.int32 if kind is int else jnp.float32
@@ -271,7 +274,7 @@ def _per_row(
     ):
         raise TypeError(f"{must}; got {value.dtype}")
     clipped = jnp.clip(jnp.asarray(value).astype(dtype), least, None if most == math.inf else most)
-    return jnp.broadcast_to(clipped.astype(dtype), (rows,))
+    return clipped.astype(dtype).reshape(-1)
 
 
 def _check_rows(name: str, x: Array) -> None:

@@ -30,7 +30,7 @@ _TOTAL_EXPONENT = 29
 
 
 class Limits(NamedTuple):
-    """Which tokens of a row are kept, [b] each; None: no row is limited so."""
+    """Which tokens of a row are kept, [b] each, or [1] for all rows; None: no row is limited so."""
 
     rate: Array | None = None  # float32, log2(e) / temperature; None: 1 for probabilities
     top_k: Array | None = None  # int32, at least 1; the vocabulary or more: all
@@ -81,9 +81,10 @@ def nothing(logits: bool) -> float:
     return -float("inf") if logits else 0.0
 
 
-def key_of(value: Array) -> Array:
-    """int32, ordered as float32 values; no NaN, no -0."""
-    return _reversed_if_negative(jax.lax.bitcast_convert_type(value, jnp.int32))
+def key_of(value: Array, *, signed: bool = True) -> Array:
+    """int32, ordered as float32 values; no NaN, no -0. signed: whether some may be negative."""
+    bits = jax.lax.bitcast_convert_type(value, jnp.int32)
+    return _reversed_if_negative(bits) if signed else bits
 
 
 def value_of(key: Array) -> Array:

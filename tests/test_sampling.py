@@ -11,6 +11,7 @@ import scipy.stats
 import jaxattn as ja
 from jaxattn import flashinfer, token_mass
 from jaxattn.kernels.triton import sampling as kernels
+from jaxattn.kernels.triton._token_rows import between
 
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 
@@ -426,11 +427,24 @@ def check_kernels(backend, rows, vocab, dtype, deviation, ops=None):
             np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
+@pytest.mark.parametrize("ways", [2, 4, 8])
+def test_pivots_of_a_search_come_to_an_end(ways):
+    """In any bracket of int32 that has a key between, by Python's integers: all inside it, one at least below high."""
+    ends = [-(2**31), -(2**31) + 1, -3, -1, 0, 1, 2, 9, 2**31 - 2, 2**31 - 1]
+    brackets = [(low, high) for low in ends for high in ends if high - low > 1]
+    lows, highs = (jnp.asarray(x, jnp.int32) for x in zip(*brackets))
+    pivots = jax.vmap(lambda low, high: between(low, high, ways))(lows, highs)
+    for (low, high), row in zip(brackets, pivots.tolist(), strict=True):
+        assert low < row[0] < high and row == sorted(row) and row[-1] <= high
+        gaps = np.diff([low, *row, high])
+        assert gaps.max() <= (high - low) // (ways + 1) + ways + 1
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of which a small vocabulary takes several, in every loop; and few pivots, which compile sooner."""
     default = kernels.default_config
-    tiles = dict(chunk=128, block=32, loads=2, pivots=3, gathered=32, scanned=64)
+    tiles = dict(chunk=128, block=32, loads=2, pivots=3, gathered=32, scanned=64, levels=2)
     monkeypatch.setattr(
         kernels, "default_config", lambda *a: dataclasses.replace(default(*a), **tiles)
     )

@@ -34,7 +34,9 @@ class Config:
     num_warps: int  # one: sums over a warp need no barrier
     pivots: int  # of a pass
     passes: int
+    levels: int  # keys of a lane that are packed together
     gathered: int  # elements of a row's gathered keys that are looked at together
+    ways: int  # pivots of a step of the search among these, a power of two
     scanned: int  # elements of the chosen chunk, likewise
     finish_warps: int
 
@@ -71,12 +73,26 @@ class Rows:
         x = load(self.x_ref, (row, index), exist, nothing(self.logits))
         return cleaned(x, self.logits)
 
-    def over_chunk(self, row, chunk, block, init, unless: Any = False):
-        """Folds block(values, *carry) over a chunk's values, unless there is no need."""
-        size, loads = (
-            self.config.block,
-            min(self.config.loads, self.config.chunk // self.config.block),
-        )
+    def key(self, values):
+        """Keys of cleaned values; a probability's bits are its key."""
+        return key_of(values, signed=self.logits)
+
+    def limit(self, ref, row, unlimited):
+        """A row's own, or that of all rows."""
+        if ref is None:
+            return unlimited
+        return ref[row if ref.shape[0] > 1 else 0]
+
+    @property
+    def lanes(self) -> int:
+        """Elements of a load of one for each thread."""
+        return min(32 * self.config.num_warps, self.config.block)
+
+    def over_chunk(self, row, chunk, block, init, *, size: int | None = None, unless: Any = False):
+        """Folds block(values [size], *carry) over a chunk's values, unless there is no need."""
+        config = self.config
+        size = size or config.block
+        loads = min(config.loads * config.block, config.chunk) // size
         begin = chunk * self.config.chunk
         end = jnp.where(unless, begin, jnp.minimum(begin + self.config.chunk, self.vocab))
 
@@ -118,7 +134,7 @@ class Row:
         limits, logits = rows.limits, rows.logits
         peaks = rows.of_chunks(chunks.peak, row, nothing(logits))
         peak = jnp.max(peaks)
-        rate = jnp.float32(1) if limits.rate is None else limits.rate[row]
+        rate = rows.limit(limits.rate, row, jnp.float32(1))
         totals = rows.of_chunks(chunks.total, row)
         if logits:  # each relative to its chunk's peak
             totals = totals * weight_of(peaks, peak, rate, logits)
@@ -129,9 +145,9 @@ class Row:
             jnp.min(rows.of_chunks(chunks.least, row, jnp.inf)),
             jnp.sum(totals),
             rate,
-            jnp.int32(rows.vocab) if limits.top_k is None else limits.top_k[row],
-            jnp.float32(1) if limits.top_p is None else limits.top_p[row],
-            None if limits.min_p is None else limits.min_p[row],
+            rows.limit(limits.top_k, row, jnp.int32(rows.vocab)),
+            rows.limit(limits.top_p, row, jnp.float32(1)),
+            rows.limit(limits.min_p, row, None),
         )
 
     @property
@@ -227,3 +243,13 @@ def bracket_of(rows: Rows, row_facts: Row, last: Pass | None, row):
 def middle(low, high):
     """The key half way from low to high; low itself where there is none between."""
     return (low & high) + ((low ^ high) >> 1)
+
+
+def between(low, high, ways: int):
+    """Keys [ways] in (low, high], of which one at least is below high if there is any; ascending, evenly spaced."""
+    i = jnp.arange(ways, dtype=jnp.uint32) + 1
+    width = (high - low).astype(
+        jnp.uint32
+    )  # modulo 2^32, as the bracket may be wider than an int32
+    step = jnp.maximum(width // (ways + 1), 1)
+    return low + jnp.minimum(step * i, width).astype(jnp.int32)

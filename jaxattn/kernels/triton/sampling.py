@@ -12,8 +12,8 @@ low < t <= high:
 2. `_narrow`, twice: what lies above each of `pivots` keys between low and high. The next kernel takes the narrowest
    bracket that these sums, in float32, leave no doubt about: a 289th of the range after two passes of 16 pivots.
 3. `_gather`: the keys inside the bracket, some hundred of a row, and the exact mass above it.
-4. `_finish`, one program a row: bisects what was gathered. To draw, the kept masses of all chunks find one chunk, and a
-   scan of it the token: the first whose running sum exceeds a random share of the kept mass.
+4. `_finish`, one program a row: searches what was gathered, some pivots at once. To draw, the kept masses of all chunks
+   find one chunk, and a scan of it the token: the first whose running sum exceeds a random share of the kept mass.
 
 A row that keeps by count is gathered from its bracket upwards, all that top_p then has to look at: it is slow for a
 top_k of many thousands. A row that keeps all is not searched. So a row is read four times, or two where all rows keep
@@ -29,10 +29,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels.triton._gathered import Gathered, Inside
 from jaxattn.kernels.triton._launch import Out, launch
-from jaxattn.kernels.triton._rows import pow2, store
+from jaxattn.kernels.triton._rows import load, pow2, store
 from jaxattn.kernels.triton._token_rows import (
     Bracket,
     Chunks,
@@ -69,9 +70,11 @@ def default_config(rows: int, vocab: int) -> Config:
         num_warps=1,
         pivots=16,
         passes=2,
+        levels=8,
         gathered=2048,
-        scanned=1024,
-        finish_warps=4,
+        ways=4,
+        scanned=4096,
+        finish_warps=8,
     )
 
 
@@ -80,7 +83,7 @@ def _measure(rows: Rows, *, chunks: Chunks):
     row, chunk = pl.program_id(0), pl.program_id(1)
     block, logits = rows.config.block, rows.logits
     none = nothing(logits)
-    rate = jnp.float32(1) if rows.limits.rate is None else rows.limits.rate[row]
+    rate = rows.limit(rows.limits.rate, row, jnp.float32(1))
 
     def add(values, peak, least, total):
         least = jnp.minimum(least, jnp.where(values > none, values, jnp.inf))
@@ -115,7 +118,7 @@ def _narrow(rows: Rows, *, chunks: Chunks, last: Pass | None, this: Pass):
     by_count = facts.by_count
 
     def add(values, *above):
-        key = key_of(values)
+        key = rows.key(values)
         weight = jnp.where(by_count, 1.0, facts.weight(values))
         # The sum chosen, not the summand: an addition with a predicate.
         return tuple(jnp.where(key > p, a + weight, a) for a, p in zip(above, pivot))
@@ -126,8 +129,20 @@ def _narrow(rows: Rows, *, chunks: Chunks, last: Pass | None, this: Pass):
         this.above[row, i, chunk] = jnp.sum(above)
 
 
-def _gather(rows: Rows, *, chunks: Chunks, last: Pass | None, bracket: Bracket, gathered: Gathered):
-    """The keys of a chunk inside the bracket, and the masses of the chunk and above the bracket."""
+def _gather(
+    rows: Rows,
+    *,
+    chunks: Chunks,
+    last: Pass | None,
+    bracket: Bracket,
+    gathered: Gathered,
+    lists_ref,  # int32 [b * chunks * chunk]; None: no row is searched
+):
+    """The keys of a chunk inside the bracket, and the masses of the chunk and above the bracket.
+
+    Each lane lists what it finds, as a place among all would be a sum over lanes at each load: of the chunk's part of
+    `lists_ref`, [chunk / lanes, lanes], a lane fills its column. At last the lists are packed.
+    """
     row, chunk = pl.program_id(0), pl.program_id(1)
     facts = Row.of(rows, chunks, row)
     low, high = bracket_of(rows, facts, last, row)
@@ -139,29 +154,44 @@ def _gather(rows: Rows, *, chunks: Chunks, last: Pass | None, bracket: Bracket, 
 
     # By count, also what is above: top_p looks at all of it.
     top = jnp.where(facts.by_count, LARGEST, high) if rows.limits.top_k is not None else high
-    begin = (row * rows.chunks + chunk) * rows.config.chunk
+    begin, lanes = (row * rows.chunks + chunk) * rows.config.chunk, rows.lanes
+    column = begin + jnp.arange(lanes, dtype=jnp.int32)
 
-    def add(values, count, total, above):
-        key, mass = key_of(values), facts.mass(values)
+    def add(values, end, total, above):
+        key, mass = rows.key(values), facts.mass(values)
         is_above = key > top
         if rows.limits.searched:
             inside = (key > low) & ~is_above
-            place = count + jnp.cumsum(inside.astype(jnp.int32)) - 1
-            store(gathered.keys, begin + place, inside, key)
-            count += jnp.sum(inside.astype(jnp.int32))
+            # Of each lane another element: what is not stored would not undo another's.
+            plgpu.store(lists_ref.at[end], key, mask=inside)
+            end = jnp.where(inside, end + lanes, end)
         return (
-            count,
+            end,
             Mass(*(a + b for a, b in zip(total, mass))),
             Mass(*(jnp.where(is_above, a + b, a) for a, b in zip(above, mass))),
         )
 
-    zeros = Mass(*(jnp.zeros(rows.config.block, jnp.int32),) * 2)
-    count, *masses = rows.over_chunk(row, chunk, add, (jnp.int32(0), zeros, zeros))
-    gathered.counts[row, chunk] = count
+    none = jnp.zeros(lanes, jnp.int32)
+    init = column, Mass(none, none), Mass(none, none)
+    end, *masses = rows.over_chunk(row, chunk, add, init, size=lanes)
+    count = (end - column) // lanes
+    gathered.counts[row, chunk] = jnp.sum(count)
     for refs, parts in zip((gathered.total, gathered.above), masses, strict=True):
         mass = Mass(*map(jnp.sum, parts)).carried()
         refs.high[row, chunk] = mass.high
         refs.low[row, chunk] = mass.low
+    if not rows.limits.searched:
+        return
+
+    first, levels = begin + jnp.cumsum(count) - count, rows.config.levels
+
+    def pack(i, _):
+        level = [i * levels + j for j in range(levels)]
+        keys = [load(lists_ref, column + n * lanes, n < count) for n in level]
+        for n, key in zip(level, keys):
+            store(gathered.keys, first + n, n < count, key)
+
+    jax.lax.fori_loop(0, (jnp.max(count) + levels - 1) // levels, pack, None)
 
 
 def _finish(
@@ -188,18 +218,15 @@ def _finish(
         return Mass(*map(jnp.sum, parts)).carried()
 
     above = masses(gathered.above)
-    inside = Inside(rows, facts, gathered, row, summed(above))
+    inside = Inside.of(rows, facts, gathered, row)
     low, high = bracket.low[row], bracket.high[row]
-    threshold, at_least = low + 1, jnp.sum(inside.count)
-    total = summed(masses(gathered.total))
+    above_high, total = summed(above), summed(masses(gathered.total))
+    threshold = low + 1
     if limits.top_k is not None:
         high_k = jnp.where(facts.by_count, high, low)
-        above_high, _ = inside.above_key(high_k, mass=False)
-        threshold = inside.search(
-            low, high_k, at_least, above_high, lambda count, _: count < facts.top_k, mass=False
-        )
+        threshold = inside.with_count(low, high_k, facts.top_k)
         if limits.top_p is not None:
-            at_least, of_k = inside.above_key(threshold - 1, mass=True)
+            of_k = summed(above.plus(inside.at_least(threshold)))
             if not joint:
                 total = Mass(*(jnp.where(facts.by_count, a, b) for a, b in zip(of_k, total)))
             high = jnp.where(facts.by_count, key_of(facts.peak), high)
@@ -208,9 +235,7 @@ def _finish(
         asked = asked.plus(Mass(jnp.int32(0), left_out.astype(jnp.int32)))
         low = threshold - 1
         high = jnp.where(facts.top_p < 1, high, low)
-        threshold = inside.search(
-            low, high, at_least, jnp.int32(0), lambda _, mass: mass.less_than(asked), mass=True
-        )
+        threshold = inside.with_mass(low, high, total, above_high, asked)
     if limits.min_p is not None:
         threshold = jnp.maximum(threshold, facts.floor)
     threshold_ref[row] = threshold
@@ -233,7 +258,7 @@ def _finish(
         token, passed = carry
         values = rows.values(row, begin + i * size, size)
         mass = facts.mass(values)
-        mass = Mass(*(jnp.where(key_of(values) >= threshold, part, 0) for part in mass))
+        mass = Mass(*(jnp.where(rows.key(values) >= threshold, part, 0) for part in mass))
         running = Mass(*(jnp.cumsum(part) for part in mass))
         before = ~drawn.less_than(passed.plus(running))
         return token + jnp.sum(before.astype(jnp.int32)), passed.plus(summed(mass))
@@ -294,13 +319,16 @@ def select(
         last = run(_narrow, by_chunk, inputs, dict(this=this))["this"]
     parts: Any = (Out(by_chunk, i32),) * 2
     mass = Mass(*parts)
-    gathered = Gathered(Out((b * chunks * config.chunk,), i32), Out(by_chunk, i32), mass, mass)
+    all_keys = Out((b * chunks * config.chunk,), i32)
+    gathered = Gathered(all_keys, Out(by_chunk, i32), mass, mass)
+    lists = all_keys if limits.searched else None
     left = run(
         _gather,
         by_chunk,
         dict(chunks=facts, last=last),
-        dict(bracket=bracket, gathered=gathered),
+        dict(bracket=bracket, gathered=gathered, lists_ref=lists),
     )
+    del left["lists_ref"]
     outputs = dict(
         threshold_ref=Out(by_row, i32),
         kept_ref=Out(by_row, f32),
