@@ -624,6 +624,9 @@ def test_load_errors_about_weights(tmp_path):
     write(tmp_path, change={"model.norm.weight": np.ones(16, np.int8)})
     with pytest.raises(TypeError, match="must be one of float16, bfloat16, float32; got int8"):
         llama.load(tmp_path)
+    write(tmp_path, change={"model.norm.weight": np.ones(16, jnp.float8_e4m3fn)})
+    with pytest.raises(TypeError, match="must be one of float16, bfloat16, float32; got F8_E4M3"):
+        llama.load(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     with pytest.raises(ValueError, match="is not a complete safetensors file"):
