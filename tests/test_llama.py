@@ -596,6 +596,8 @@ def test_load_reads_eos_of_the_generation_config(tmp_path):
     assert llama.load(tmp_path)[0].eos_token_ids == (1,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert llama.load(tmp_path)[0].eos_token_ids == (5, 6)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 32000]}')
+    assert llama.load(tmp_path)[0].eos_token_ids == (5,)  # the vocabulary has no other
 
 
 def test_load_errors_about_files(tmp_path):
