@@ -3,15 +3,17 @@
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxattn.checks import check_positive
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.decoder import check_context
 from jaxattn.page_rings import pages_of
+from jaxattn.sampling import MOST_TEMPERATURE
 from jaxattn.steps import Sampling
 
 Stop = str | Sequence[str] | None  # strings that end a request
@@ -152,6 +154,8 @@ def pages_needed(config: DecoderConfig, sizes: Sizes, call: Call) -> list[list[i
 
 def _each(name: str, given: Any, count: int) -> list[Any]:
     """What is given for all requests, or of each, of each."""
+    if isinstance(given, np.generic | np.ndarray | jax.Array):
+        given = given.tolist()
     if np.ndim(given) == 0:
         return [given] * count
     if len(given) != count:
@@ -177,7 +181,8 @@ def _draws(choices: Choices, count: int) -> list[Draw]:
         if not (_is_number(min_p) and 0 <= min_p <= 1):
             raise ValueError(f"min_p must be in [0, 1]; got {min_p!r}")
         most = NO_TOP_K if top_k is None else min(int(top_k), NO_TOP_K)
-        draws.append(Draw(float(temperature), most, float(top_p), float(min_p)))
+        warm = min(float(temperature), MOST_TEMPERATURE)
+        draws.append(Draw(warm, most, float(top_p), float(min_p)))
     return draws
 
 
@@ -189,15 +194,18 @@ def _stops(stop: Any, count: int) -> list[list[str]]:
     """The stop strings of each request."""
 
     def strings(given: Any) -> list[str]:
-        several = [given] if isinstance(given, str) else [] if given is None else list(given)
-        if not all(isinstance(one, str) and one for one in several):
+        several = [given] if isinstance(given, str) else [] if given is None else given
+        # What is read but once, a generator say, would be empty the second time.
+        if not isinstance(several, Collection) or not all(
+            isinstance(one, str) and one for one in several
+        ):
             raise ValueError(
                 "stop must be strings that are not empty: one or several for all requests, or a sequence of such of "
                 f"each request; got {reprlib.repr(stop)}"
             )
-        return several
+        return list(several)
 
-    if stop is None or isinstance(stop, str) or all(isinstance(one, str) for one in stop):
+    if not isinstance(stop, Collection) or all(isinstance(one, str) for one in stop):
         return [strings(stop)] * count
     if len(stop) != count:
         raise ValueError(

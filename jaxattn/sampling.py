@@ -33,6 +33,8 @@ from jaxattn.token_mass import MAX_VOCAB, Limits, cleaned, key_of, random_digits
 PerRow = Any  # a number, or an array [b] of them
 ORDERS = ("top_k_first", "joint")
 LEAST_TEMPERATURE = 1e-30  # what is less draws as 0 does: no two logits are as near
+# What is more draws as this does: none are as far apart, but for infinite ones, which 1 / temperature = 0 would lose.
+MOST_TEMPERATURE = 2.0**100
 
 
 def sampling_from_probs(probs: Array, key: Array, *, backend: str | None = None) -> Array:
@@ -235,7 +237,7 @@ def _limits(
     rate = None
     if temperature is not None:
         warm = _per_row("temperature", temperature, rows, 0, math.inf, float)
-        rate = math.log2(math.e) / jnp.maximum(warm, LEAST_TEMPERATURE)
+        rate = math.log2(math.e) / jnp.clip(warm, LEAST_TEMPERATURE, MOST_TEMPERATURE)
     least = float(np.finfo(np.float32).tiny)
     return Limits(
         rate,

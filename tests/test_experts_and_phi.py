@@ -58,6 +58,11 @@ def without(raw, *names, **more):
     return {name: value for name, value in raw.items() if name not in names} | more
 
 
+def test_what_qwen3_coder_says_beside():
+    more = dict(qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True)
+    assert DecoderConfig.from_hf(QWEN3_MOE | more) == DecoderConfig.from_hf(QWEN3_MOE)
+
+
 def test_gpt_oss_as_published():
     config = DecoderConfig.from_hf(GPT_OSS)
     experts = GptOssExperts(32, 4, 2880, activation=ClampedSwiglu(1.702, 7.0), mxfp4=True)
@@ -142,6 +147,8 @@ def test_phi_as_published():
         (ValueError, "rope_scaling has no 'factor'", GPT_OSS, dict(rope_scaling=dict(rope_type="yarn"))),
         (ValueError, "one number of experts", QWEN3_MOE, dict(num_local_experts=64)),
         (NotImplementedError, "shared_experts=1", QWEN3_MOE, dict(shared_experts=1)),
+        (NotImplementedError, "use_qk_norm=False", QWEN3_MOE, dict(use_qk_norm=False)),
+        (NotImplementedError, "expert_intermediate_size=9", QWEN3_MOE, dict(shared_expert_intermediate_size=9)),
         (ValueError, "mlp_only_layers .* list of integers", QWEN3_MOE, dict(mlp_only_layers=[-1])),
         (NotImplementedError, "partial_rotary_factor=0.5", QWEN3_MOE, dict(partial_rotary_factor=0.5)),
         (ValueError, "short_factor must have .* 64 numbers; got 48", PHI4_MINI, dict(partial_rotary_factor=1.0)),

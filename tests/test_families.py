@@ -93,6 +93,11 @@ def test_gemma_3_as_it_was_published():
     assert large.eos_token_ids == (1, 106) and large.tie_word_embeddings
 
 
+def test_entries_that_change_nothing_pass_beside_a_text_config_too():
+    full = GEMMA3_27B | dict(is_encoder_decoder=False, add_cross_attention=False, pruned_heads={})
+    assert DecoderConfig.from_hf(full) == DecoderConfig.from_hf(GEMMA3_27B)
+
+
 def test_both_styles_of_transformers_say_the_same():
     old = ("rope_local_base_freq", "rope_scaling", "rope_theta", "sliding_window_pattern")
     new = {key: value for key, value in GEMMA3_1B.items() if key not in old}
@@ -180,6 +185,7 @@ def test_both_styles_of_transformers_say_the_same():
             ValueError,
             "tie_word_embeddings=True in config.json and False in its text_config",
         ),
+        (GEMMA3_27B, {"is_encoder_decoder": True}, NotImplementedError, "is_encoder_decoder=True"),
         (GEMMA3_27B, {"audio_config": {}}, NotImplementedError, "audio_config={} is not built"),
         (
             GEMMA3_27B,

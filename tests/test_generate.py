@@ -18,6 +18,7 @@ from tiny import CONFIG, random_params, random_prompts
 
 from benchmarks import compile_report
 from examples import demo
+from jaxattn.call import Choices, check_call
 from jaxattn.generate import Generator, Sizes, generate, main
 from jaxattn.generator import round_up
 from jaxattn.models import decoder
@@ -154,6 +155,23 @@ def test_sample():
     np.testing.assert_allclose(drawn(0, temperature=1.0, top_p=0.6), [0, 5 / 8, 3 / 8, 0], atol=0.1)
     np.testing.assert_allclose(drawn(1, temperature=1.0, top_p=1e-6), [0, 0, 1, 0])
     assert (drawn(1, temperature=1.0, top_p=0.9) > 0).all()
+
+
+def test_choices_may_be_arrays():
+    """Of NumPy or JAX; and a temperature that float32 does not hold draws as any very high one."""
+
+    def call(**choices):
+        prompts = [[1, 2], [3]]
+        choices = Choices(**choices)
+        return check_call(CONFIG, Sizes(), prompts, max_new_tokens=3, choices=choices)
+
+    listed = call(temperature=[0.5, 2.0], top_k=[3, 9], top_p=[0.25, 1.0], min_p=0.5).draws
+    for array in (np.asarray, jnp.asarray):
+        arrays = dict(temperature=array([0.5, 2.0]), top_k=array([3, 9]), top_p=array([0.25, 1.0]))
+        assert call(**arrays, min_p=array(0.5)).draws == listed
+    assert call(temperature=jnp.float32(2)).draws == call(temperature=2.0).draws
+    (hot, _) = call(temperature=1e300).draws
+    assert 1e20 < hot.temperature == np.float32(hot.temperature) < np.inf
 
 
 @pytest.mark.slow
@@ -474,6 +492,9 @@ def test_what_is_no_prompt(change, message):
         (dict(logprobs=[1, True]), "logprobs must be None or an integer.* got True"),
         (dict(stop="x"), "stop strings need decode="),
         (dict(stop=["x", ""], decode=str), "stop must be strings that are not empty"),
+        (dict(stop=5, decode=str), "stop must be strings that are not empty.* got 5"),
+        (dict(stop=[None, 5], decode=str), "stop must be strings that are not empty"),
+        (dict(stop=(x for x in "ab"), decode=str), "stop must be strings .* got <generator"),
         (dict(stop=[["x"]], decode=str), "or of each of 2 prompts; got 1"),
         (dict(page_size=0), "page_size must be a positive integer; got 0"),
         (dict(prefill_chunk=0), "prefill_chunk must be a positive integer; got 0"),

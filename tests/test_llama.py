@@ -596,6 +596,8 @@ def test_load_reads_eos_of_the_generation_config(tmp_path):
     assert llama.load(tmp_path)[0].eos_token_ids == (1,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert llama.load(tmp_path)[0].eos_token_ids == (5, 6)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 32000]}')
+    assert llama.load(tmp_path)[0].eos_token_ids == (5,)  # the vocabulary has no other
 
 
 def test_load_errors_about_files(tmp_path):
@@ -623,6 +625,9 @@ def test_load_errors_about_weights(tmp_path):
         llama.load(tmp_path)
     write(tmp_path, change={"model.norm.weight": np.ones(16, np.int8)})
     with pytest.raises(TypeError, match="must be one of float16, bfloat16, float32; got int8"):
+        llama.load(tmp_path)
+    write(tmp_path, change={"model.norm.weight": np.ones(16, jnp.float8_e4m3fn)})
+    with pytest.raises(TypeError, match="must be one of float16, bfloat16, float32; got F8_E4M3"):
         llama.load(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])

@@ -206,6 +206,9 @@ def test_what_is_never_drawn(small_tiles, backend):
     how = dict(top_k=np.full(8, 4, np.int32), top_p=np.full(8, 0.5, np.float32), backend=backend)
     tokens = at_once(lambda: ja.sampling_from_logits(jnp.asarray(logits), key, **how))
     assert tokens.tolist() == [5, 5, -1, -1, 8, 5, 5, 5]
+    hot = dict(temperature=3e38, backend=backend)  # of which float32 has no inverse
+    tokens = at_once(lambda: ja.sampling_from_logits(jnp.asarray(logits), key, **hot))
+    assert tokens.tolist() == [5, 5, -1, -1, 8, 5, 5, 5]
 
 
 @pytest.mark.slow

@@ -15,6 +15,11 @@ from jaxattn.checks import FLOAT_DTYPES
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_NAMES = dict(  # NumPy's, of safetensors' dtypes; it has none for others, such as F8_E4M3
+    F64="float64", F32="float32", F16="float16", BF16="bfloat16", I64="int64", I32="int32",
+    I16="int16", I8="int8", U64="uint64", U32="uint32", U16="uint16", U8="uint8", BOOL="bool",
+)  # fmt: skip
+
 
 def read_json(folder: str | Path, name: str) -> dict[str, Any]:
     """One of a checkpoint's JSON files.
@@ -100,17 +105,17 @@ class Checkpoint:
         if name not in held:
             file = self._file_of[name].name
             raise ValueError(f"{INDEX} places {name!r} in {file}, which does not hold it")
-        came = tuple(tensors.get_slice(name).get_shape())
+        unread = tensors.get_slice(name)
+        came = tuple(unread.get_shape())
         if came != shape:
             raise ValueError(
                 f"tensor {name!r} must have shape {list(shape)} (config.json); got {list(came)}"
             )
-        tensor = tensors.get_tensor(name)
-        if tensor.dtype.name not in dtypes:
-            raise TypeError(
-                f"tensor {name!r} must be one of {', '.join(dtypes)}; got {tensor.dtype.name}"
-            )
-        return tensor
+        dtype = unread.get_dtype()
+        dtype = _NAMES.get(dtype, dtype)
+        if dtype not in dtypes:
+            raise TypeError(f"tensor {name!r} must be one of {', '.join(dtypes)}; got {dtype}")
+        return tensors.get_tensor(name)
 
     def _tensors(self, path: Path) -> tuple[Any, Set[str]]:
         """An open file and the names of its tensors. The last one stays open: what is read next is mostly in it, and

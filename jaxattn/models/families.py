@@ -54,6 +54,9 @@ class Family:
 
 
 def _qwen3(entries: Entries) -> dict[str, Any]:
+    # Qwen3-Coder's files say it; there is no Qwen3 without.
+    if not entries.get("use_qk_norm", BOOL, True):
+        raise NotImplementedError("use_qk_norm=False is not built for a Qwen3; supported: True")
     return dict(qk_norm=True)
 
 

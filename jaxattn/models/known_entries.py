@@ -49,6 +49,7 @@ NEUTRAL = {
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
     "num_experts": 0,
+    "shared_expert_intermediate_size": 0,
     "no_rope_layers": [],
     "pruned_heads": {},
     "is_encoder_decoder": False,

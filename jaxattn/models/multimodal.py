@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxattn.models.entries import BOOL, OBJECT, TEXT, TEXTS, TOKEN_IDS, Entries
-from jaxattn.models.known_entries import HARMLESS
+from jaxattn.models.known_entries import HARMLESS, NEUTRAL
 
 MODEL_TYPE, ARCHITECTURE = "gemma3", "Gemma3ForConditionalGeneration"
 TEXT_MODEL = dict(model_type="gemma3_text", architectures=["Gemma3ForCausalLM"])
@@ -62,7 +62,7 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
             f"tie_word_embeddings={tied} in config.json and {not tied} in its text_config must be the same"
         )
     eos = outer.get("eos_token_id", TOKEN_IDS)
-    outer.refuse_the_rest(_IMAGES, {})
+    outer.refuse_the_rest(_IMAGES, NEUTRAL)
     return text | TEXT_MODEL | ({} if eos is None else dict(eos_token_id=eos))
 
 

@@ -116,6 +116,9 @@ def _open(path: str | Path) -> tuple[DecoderConfig, Checkpoint]:
         generation = Entries(read_json(path, "generation_config.json"), "generation_config.json")
         eos = token_ids(generation.get("eos_token_id", TOKEN_IDS))
         config = dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
+    # Of a small vocabulary, that of transformers' default may be none of its tokens: then none ends a request.
+    eos = tuple(token for token in config.eos_token_ids if token < config.vocab_size)
+    config = dataclasses.replace(config, eos_token_ids=eos)
     used = {name for source in jax.tree.leaves(sources(config)) for name, _ in source.tensors}
     missing = sorted(used - checkpoint.names)
     if missing:
@@ -159,7 +162,8 @@ def load(
         at a time, so that host memory never holds the model.
 
     Returns:
-      (config, params); config.eos_token_ids are those of generation_config.json where it names any.
+      (config, params); config.eos_token_ids are those of generation_config.json where it names any, and those alone
+      that the vocabulary has.
 
     Raises:
       FileNotFoundError: no such folder, no config.json, no weights, or a shard is missing.
