@@ -1,6 +1,7 @@
 """Sampling: kept sets against a sort in float64, draws against the distribution, kernels against the definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,21 @@ def test_16_bits_are_what_float32_makes_of_them(dtype):
     np.testing.assert_array_equal(*at_once(lambda: (draw(probs), draw(wide))))
     for op, limit in ((ja.top_p_renorm_probs, 0.6), (ja.top_k_mask_logits, 3)):
         assert jax.eval_shape(lambda op=op, limit=limit: op(probs, limit)).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p"])
+def test_a_limit_on_a_device_that_is_nan_is_the_least(small_tiles, name):
+    logits = jnp.log(jnp.asarray(probabilities(5, 40)))
+    given, least = jnp.full(5, jnp.nan), jnp.full(5, 1e-37 if name == "top_p" else 0.0)
+    draw = functools.partial(ja.sampling_from_logits, logits, jax.random.key(0))
+    tokens = at_once(
+        lambda: [
+            draw(**{name: limit}, backend=backend)
+            for limit, backend in ((least, "xla"), (given, "xla"), (given, "interpret"))
+        ]
+    )
+    np.testing.assert_array_equal(tokens[1], tokens[0])
+    np.testing.assert_array_equal(tokens[2], tokens[0])
 
 
 def test_few_tokens_and_no_rows():
