@@ -383,6 +383,19 @@ def test_errors_of_flashinfers_arguments(how, error, message):
         flashinfer.sampling_from_probs(jnp.full((2, 4), np.nan), **how)
 
 
+def test_limits_in_a_list_are_those_of_the_rows_that_indices_name():
+    probs, key = jnp.asarray(probabilities(3, 50)), jax.random.key(0)
+    rows, limits = jnp.asarray([2, 2, 0], jnp.int32), [1, 50, 50]
+    listed, array = at_once(
+        lambda: [
+            flashinfer.top_k_sampling_from_probs(probs, given, indices=rows, generator=key)
+            for given in (limits, jnp.asarray(limits, jnp.int32))
+        ]
+    )
+    np.testing.assert_array_equal(listed, array)
+    assert listed[2] == probs[0].argmax() and listed[0] != probs[2].argmax()
+
+
 def test_check_nan_needs_values():
     check = jax.jit(lambda p: flashinfer.sampling_from_probs(p, seed=1, check_nan=True))
     with pytest.raises(NotImplementedError, match="which jax.jit hides"):
