@@ -13,7 +13,7 @@ What is kept, in all of them:
 - Ties with the last token that is kept are kept. The likeliest token always is. A probability that is not positive and
   finite, and a logit of -inf or NaN, is never drawn; a row of only these gives the token -1.
 - Limits are numbers, or arrays [b] of one for each row. Those that the host holds must be in their range; those on a
-  device are not looked at, but clipped to it.
+  device are not looked at, but clipped to it, a NaN to its least.
 """
 
 import math
@@ -275,8 +275,9 @@ def _per_row(
         and jnp.issubdtype(value.dtype, jnp.floating)
     ):
         raise TypeError(f"{must}; got {value.dtype}")
-    clipped = jnp.clip(jnp.asarray(value).astype(dtype), least, None if most == math.inf else most)
-    return clipped.astype(dtype).reshape(-1)
+    # Of fmax and fmin, a NaN is the least: clip would keep it, and each backend make something else of it.
+    clipped = jnp.fmin(jnp.fmax(jnp.asarray(value).astype(dtype), dtype(least)), dtype(most))
+    return clipped.reshape(-1)
 
 
 def _check_rows(name: str, x: Array) -> None:

@@ -1,6 +1,7 @@
 """Sampling: kept sets against a sort in float64, draws against the distribution, kernels against the definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +224,21 @@ def test_16_bits_are_what_float32_makes_of_them(dtype):
         assert jax.eval_shape(lambda op=op, limit=limit: op(probs, limit)).dtype == dtype
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p"])
+def test_a_limit_on_a_device_that_is_nan_is_the_least(small_tiles, name):
+    logits = jnp.log(jnp.asarray(probabilities(5, 40)))
+    given, least = jnp.full(5, jnp.nan), jnp.full(5, 1e-37 if name == "top_p" else 0.0)
+    draw = functools.partial(ja.sampling_from_logits, logits, jax.random.key(0))
+    tokens = at_once(
+        lambda: [
+            draw(**{name: limit}, backend=backend)
+            for limit, backend in ((least, "xla"), (given, "xla"), (given, "interpret"))
+        ]
+    )
+    np.testing.assert_array_equal(tokens[1], tokens[0])
+    np.testing.assert_array_equal(tokens[2], tokens[0])
+
+
 def test_few_tokens_and_no_rows():
     key = jax.random.key(0)
     none, rows, only = at_once(
@@ -366,6 +382,19 @@ def test_flashinfers_arguments():
 def test_errors_of_flashinfers_arguments(how, error, message):
     with pytest.raises(error, match=message):
         flashinfer.sampling_from_probs(jnp.full((2, 4), np.nan), **how)
+
+
+def test_limits_in_a_list_are_those_of_the_rows_that_indices_name():
+    probs, key = jnp.asarray(probabilities(3, 50)), jax.random.key(0)
+    rows, limits = jnp.asarray([2, 2, 0], jnp.int32), [1, 50, 50]
+    listed, array = at_once(
+        lambda: [
+            flashinfer.top_k_sampling_from_probs(probs, given, indices=rows, generator=key)
+            for given in (limits, jnp.asarray(limits, jnp.int32))
+        ]
+    )
+    np.testing.assert_array_equal(listed, array)
+    assert listed[2] == probs[0].argmax() and listed[0] != probs[2].argmax()
 
 
 def test_check_nan_needs_values():

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxattn import sampling
@@ -319,9 +320,9 @@ def _draw(
     if indices is not None:
         check_index("indices", indices, "b")
         draws = indices.shape[0]
+        limits = [np.asarray(a) if isinstance(a, list | tuple) else a for a in limits]
         x, *limits = (
-            jnp.asarray(copied_from_host(a))[indices] if getattr(a, "shape", ()) else a
-            for a in (x, *limits)
+            jnp.asarray(copied_from_host(a))[indices] if jnp.ndim(a) else a for a in (x, *limits)
         )
     tokens = op(x, *limits, _key(generator, seed, offset, draws), **how)
     return (tokens, tokens >= 0) if return_valid else tokens
