@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, ROPE, paged_logits, random_params, random_prompts
 
-from jaxattn.call import Sizes, check_call, pages_needed
+from jaxattn.call import Choices, Sizes, check_call, pages_needed
 from jaxattn.generator import Generator, round_up
 from jaxattn.models import decoder
 from jaxattn.models.feed_forward import Gated
@@ -122,7 +122,9 @@ def test_num_pages_are_those_of_the_widest_window():
     def pages(layers, lengths):
         config = dataclasses.replace(MIXED, layers=layers)
         sizes = Sizes(prefill_chunk=7, page_size=4, num_pages=40)
-        call = check_call(config, sizes, random_prompts(lengths), max_new_tokens=30)
+        call = check_call(
+            config, sizes, random_prompts(lengths), max_new_tokens=30, choices=Choices()
+        )
         return list(map(sum, pages_needed(config, sizes, call)))
 
     assert pages(MIXED.layers, [40, 10, 2]) == [18 + 10 + 8, 5 + 5 + 4]

@@ -71,7 +71,12 @@ def paged_logits(
     caches = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), caches)
     cos_sin_caches = decoder.rope_tables(config, max(lengths))
     capacity = len(requests) if decode else sum(min(piece, length) for length in lengths)
-    run = jax.jit(_round, static_argnames=("config", "decode", "page_size", "backend"))
+    run = jax.jit(
+        _round,
+        static_argnames=("config", "decode", "page_size", "backend"),
+        # XLA rounds where the program says: on a GPU it would else carry 16-bit sums from layer to layer in float32.
+        compiler_options={"xla_allow_excess_precision": False},
+    )
 
     logits = [np.zeros((0, config.vocab_size), np.float32) for _ in requests]
     for begin in range(0, max(lengths), piece):
