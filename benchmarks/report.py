@@ -137,6 +137,7 @@ def _tables_of(results: Results) -> dict[str, str]:
         "rope": ["rope"],
         "rope_append": ["rope_append"],
         "sampling": ["sampling"],
+        "grouped_matmul": ["grouped_matmul"],
         "activation": ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"],
     }.items():
         own = {key: rows for key, rows in cases.items() if key[0] in ops}
