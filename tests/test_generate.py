@@ -494,7 +494,6 @@ def test_what_is_no_prompt(change, message):
         (dict(stop=["x", ""], decode=str), "stop must be strings that are not empty"),
         (dict(stop=5, decode=str), "stop must be strings that are not empty.* got 5"),
         (dict(stop=[None, 5], decode=str), "stop must be strings that are not empty"),
-        (dict(stop=(x for x in "ab"), decode=str), "stop must be strings .* got <generator"),
         (dict(stop=[["x"]], decode=str), "or of each of 2 prompts; got 1"),
         (dict(page_size=0), "page_size must be a positive integer; got 0"),
         (dict(prefill_chunk=0), "prefill_chunk must be a positive integer; got 0"),
@@ -511,6 +510,12 @@ def test_errors(change, message):
     arguments = dict(prompts=[[1, 2, 3], [4]], max_new_tokens=6) | change
     with pytest.raises(ValueError, match=message):
         generate(PARAMS, CONFIG, **arguments)
+
+
+def test_stop_strings_of_a_generator_are_an_error():
+    """They would be read once, and be gone for the second request."""
+    with pytest.raises(ValueError, match="stop must be strings .* got <generator"):
+        generate(PARAMS, CONFIG, [[1, 2]], max_new_tokens=1, stop=(x for x in "ab"), decode=str)
 
 
 def decode_loop(config, dtype, *, num_pages, num_steps, sampling, kv_dtype=None):
