@@ -112,7 +112,8 @@ class KeySource:
 class Span(NamedTuple):
     """The keys of a work item, and the tiles they are read in: tile j begins at position origin + j * block.
 
-    int32 scalars."""
+    int32 scalars.
+    """
 
     begin: jax.Array  # the item's keys are begin .. end - 1
     end: jax.Array
@@ -158,6 +159,7 @@ class Keys:
             position = self._position(j, number)
             if source.paged:
                 exists = source.has(page) & (position < self.span.end)
+                # Entries of pages behind a window may name any page.
                 exists &= position + source.box > self.span.begin
                 # A page beyond the cache's last stands for one that is not there.
                 page = jnp.where(exists, page, source.num_pages or 0)

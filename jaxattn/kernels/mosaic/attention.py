@@ -47,7 +47,9 @@ from jaxattn.plan import AttentionPlan
 from jaxattn.spec import Score
 
 COMPUTING = 2  # warpgroups
-UNITS_UNDRAWN = 2  # units, for each multiprocessor, up to which each is a block's own
+# Units, for each multiprocessor, up to which each is a block's own. So few gain nothing by being shared: 1 x 512 and
+# 512 on 32768 in benchmarks/results/h100_sweeps_mosaic.txt. Where to draw the line was not measured.
+UNITS_UNDRAWN = 2
 
 
 def _attention_kernel(
@@ -318,8 +320,8 @@ class Computing:
         if not source.paged:
             return s
 
-        def without_absent(s):
-            """An absent key's vector is zeros, its score finite."""
+        def hide_absent(s):
+            """-inf for keys that are not in the cache, in whose place there are zeros, with finite scores."""
             wg.sync()
             keys = Keys(source, span, self.indices_ref, rows.unit.head)
             self.absent_smem[...] = keys.absent(span.tiles - 1 - i)
@@ -327,7 +329,7 @@ class Computing:
             block = self.absent_smem.at[pl.ds(0, source.block)]
             return s + along_rows(plgpu.load(block, layout=KEY, optimized=False), ROWS)
 
-        return lax.cond(span.absent != 0, without_absent, lambda s: s, s)
+        return lax.cond(span.absent != 0, hide_absent, lambda s: s, s)
 
     def finish(self, rows: Rows, o: jax.Array, state: State, o_tile: Any) -> None:
         """Stores what the sums o come to, or leaves it to be merged; o_tile: shared memory for it."""

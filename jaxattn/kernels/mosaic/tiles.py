@@ -1,8 +1,9 @@
 """The tiles of the Hopper kernel, by head dim.
 
 Taking turns and the way blocks share the work were measured (`benchmarks/results/h100_sweeps_mosaic.txt`). The rest is
-what fits: shared memory holds two stages of 128 keys up to head_dim 128, of 64 keys at 256, and the three warpgroups'
-registers add up to at most 504 a thread of each.
+what fits, not measured against others: shared memory holds, with the queries of two units (at 256 of one), four stages
+of 128 keys at head_dim 64, two at 128, two of 64 keys at 256; and the three warpgroups' registers add up to at most 504
+a thread of each.
 """
 
 import dataclasses

@@ -86,7 +86,6 @@ TABLE = (
     Row(lambda s: s.few and s.head_dim > 128, ALL, 32, 2, 4, "as many bytes as 64 keys of 128"),
     Row(lambda s: s.few and s.head_dim <= 64, ALL, 128, 4, 3, "as many bytes as 64 keys of 128"),
     Row(lambda s: s.few and s.group == 1, ALL, 32, 2, 4, "one row: scores are cheap, tiles short"),
-    # H200, dense decode of 32 x 4096: 125 us; of two warps 130.
     Row(lambda s: s.few and not s.paged, ALL, 64, 4, 4, "contiguous keys take few registers"),
     Row(lambda s: s.few, ALL, 64, 2, 4, "two warps do for 16 rows, and four programs run"),
     # Many rows on keys of 8 bits, which go through registers.
@@ -144,6 +143,7 @@ def default_config(
         token_scales,
     )
     row = next(row for row in TABLE if row.fits(shape))
-    # Page ids are loaded two stages before the keys of a tile of few rows; contiguous keys have none.
+    # Page ids are loaded two stages before the keys of a tile of few rows; contiguous keys have none. Measured for
+    # heads of 128, not for the other rows.
     stages = row.stages if paged or not shape.few else max(row.stages - 2, 2)
     return Config(min(block_rows, row.max_rows), row.keys, row.warps, stages)
