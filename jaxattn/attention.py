@@ -306,7 +306,7 @@ def _run(
         q,
         values,
         plan,
-        scales=scales is not None,
+        scales=scales,
         score_mods=bool(score_mods),
         out_dtype=how["out_dtype"],
     )

@@ -38,7 +38,12 @@ FLOORS = [
     ],
     ["kernels.triton._split_merge"],
     ["kernels.mosaic._private", "kernels.mosaic._warpgroup"],
-    ["kernels.mosaic._launch", "kernels.mosaic._keys", "kernels.mosaic._online_softmax"],
+    [
+        "kernels.mosaic._converting",
+        "kernels.mosaic._keys",
+        "kernels.mosaic._launch",
+        "kernels.mosaic._online_softmax",
+    ],
     ["kernels.mosaic.tiles"],
     ["kernels.mosaic._units"],
     [

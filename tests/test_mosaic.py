@@ -18,6 +18,7 @@ from jaxattn.spec import Visible
 from jaxattn.work_list import WorkItem
 
 i32 = lambda x: jnp.asarray(x, jnp.int32)
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 JAX_0_11 = jax.__version_info__[:2] == (0, 11)
 KV_LENS, QO_LENS = [130, 1, 0, 300, 1000, 64, 257], [130, 1, 0, 257, 300, 64, 128]
 # So few multiprocessors to fill that tiles are of 128 rows and yet some are split.
@@ -38,7 +39,7 @@ def plan_of(qo_len=2048, heads=(8, 2), **how):
 
 
 def reason(dtype=jnp.bfloat16, d=128, dv=128, kv_dtype=None, plan=None, **how):
-    how = dict(scales=False, score_mods=False, out_dtype=dtype) | how
+    how = dict(scales=None, score_mods=False, out_dtype=dtype) | how
     values = jnp.zeros((1, 1, 1, dv), kv_dtype or dtype)
     return why_not_attention(jnp.zeros((2048, 8, d), dtype), values, plan or plan_of(), **how)
 
@@ -49,7 +50,11 @@ def test_what_it_does_not_serve_has_a_reason(monkeypatch):
     assert "float32" in reason(dtype=jnp.float32)
     assert "96" in reason(d=96, dv=96)
     assert "128 and 64" in reason(dv=64)
-    assert "float8" in reason(kv_dtype=jnp.float8_e4m3fn)
+    assert "float32" in reason(kv_dtype=jnp.float32)
+    assert reason(kv_dtype=E4M3, scales=ja.KVScales.of(0.5, [1.0, 2.0])) is None
+    assert "64, 128" in reason(kv_dtype=E5M2, d=256, dv=256)
+    pages = jnp.ones((128, 16, 2), jnp.float32)
+    assert "each token" in reason(kv_dtype=E4M3, scales=ja.KVScales(pages, pages))
     assert "out_dtype" in reason(out_dtype=jnp.float32)
     assert "score_mod" in reason(score_mods=True)
     spans = jnp.full((2048, 2), -1, jnp.int32)
@@ -59,21 +64,6 @@ def test_what_it_does_not_serve_has_a_reason(monkeypatch):
     table = ja.PageTable.from_block_table(i32([[0]]), i32([5]), 16)
     few = ja.plan_prefill(i32([0, 4]), table, num_qo_tokens=4, num_qo_heads=8, num_kv_heads=2)
     assert "128 rows" in reason(plan=few)
-
-
-def test_scales_of_a_16_bit_cache_are_tritons(monkeypatch):
-    """FlashInfer's classes make such caches of k_scale and v_scale."""
-    monkeypatch.setattr(serves, "why_not", lambda: None)
-    scales = ja.KVScales.of(2.0, 3.0)
-    cache = ja.PagedKVCache.zeros(128, 16, 2, 128, scales=scales)
-    q, k = jnp.zeros((2048, 8, 128), jnp.bfloat16), jnp.zeros((2048, 2, 128), jnp.bfloat16)
-    with pytest.raises(ValueError, match="'mosaic' cannot serve this call: .* scales"):
-        ja.paged_prefill(q, cache, plan_of(), backend="mosaic")
-    plan = ja.plan_ragged_prefill(
-        i32([0, 2048]), i32([0, 2048]), num_qo_tokens=2048, num_qo_heads=8, num_kv_heads=2
-    )
-    with pytest.raises(ValueError, match="'mosaic' cannot serve this call: .* scales"):
-        ja.ragged_prefill(q, k, k, plan, kv_scales=scales, backend="mosaic")
 
 
 @pytest.mark.parametrize("version", [(0, 10, 2), (0, 12, 0)])
@@ -155,8 +145,8 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
 
 
 @pytest.mark.skipif(not JAX_0_11, reason="the lowering is JAX 0.11's")
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_lowers_by_default_on_hopper(page_size):
+@pytest.mark.parametrize("page_size, kv_dtype", [(1, jnp.bfloat16), (16, jnp.bfloat16), (16, E5M2)])
+def test_lowers_by_default_on_hopper(page_size, kv_dtype):
     """Also what is private of JAX's: a barrier that counts copies, which pages of one token need."""
     mesh = jax.sharding.AbstractMesh(
         (1,),
@@ -165,7 +155,10 @@ def test_lowers_by_default_on_hopper(page_size):
             device_kind="NVIDIA H200", num_cores=None, platform="gpu"
         ),
     )
-    cache = jax.eval_shape(lambda: ja.PagedKVCache.zeros(2048 // page_size, page_size, 2, 128))
+    scales = ja.KVScales.of(0.5, [1.0, 2.0])
+    cache = jax.eval_shape(
+        lambda: ja.PagedKVCache.zeros(2048 // page_size, page_size, 2, 128, kv_dtype, scales=scales)
+    )
 
     def prefill(q, cache, block_table, backend=None):
         table = ja.PageTable.from_block_table(block_table, i32([2048]), page_size)
@@ -355,6 +348,59 @@ def test_variants_gpu(hopper, variant, page_size, head_dim):
         dtype=jnp.bfloat16,
         **FEW_SMS,
     )
+
+
+FP8_CASES = [
+    # page_size, of the cache, of q, scales, layout, head_dim
+    (1, E4M3, jnp.bfloat16, "head", "NHD", 128, Variant(causal=True)),
+    (16, E4M3, jnp.bfloat16, "tensor", "HND combined", 128, VARIANTS[1]),
+    (5, E5M2, jnp.float16, None, "NHD combined", 64, Variant(causal=True, soft_cap=5.0)),
+    (64, E5M2, jnp.bfloat16, "head", "HND", 64, VARIANTS[3]),
+    (256, E4M3, jnp.float16, "head", "NHD", 128, VARIANTS[4]),
+    (16, jnp.bfloat16, jnp.bfloat16, "head", "NHD", 256, VARIANTS[4]),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size, kv_dtype, dtype, scales, layout, head_dim, variant", FP8_CASES)
+def test_fp8_and_scales_gpu(hopper, page_size, kv_dtype, dtype, scales, layout, head_dim, variant):
+    check(
+        variant,
+        QO_LENS,
+        KV_LENS,
+        backend="mosaic",
+        page_size=page_size,
+        group=4,
+        head_dim=(head_dim, head_dim),
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        scales=scales,
+        layout=layout,
+        **FEW_SMS,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kv_dtype", [E4M3, E5M2])
+def test_every_fp8_number_is_itself_gpu(hopper, kv_dtype, dtype):
+    """A value of each bit pattern, seen with weight 1: NaN and infinities stay, all others are exact."""
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.dtype(kv_dtype))
+    v = jnp.asarray(numbers.reshape(1, 1, 2, 128))
+    table = ja.PageTable(i32([0, 1]), i32([0]), i32([1]), 1)
+    plan = ja.plan_prefill(
+        i32([0, 64]),
+        table,
+        num_qo_tokens=64,
+        num_qo_heads=4,
+        num_kv_heads=2,
+        causal=False,
+        num_sms=1,
+    )
+    cache = ja.PagedKVCache((jnp.zeros_like(v), v))
+    o = ja.paged_prefill(jnp.ones((64, 4, 128), dtype), cache, plan, backend="mosaic")
+    want = np.repeat(numbers.astype(np.float32).reshape(2, 128), 2, axis=0)
+    np.testing.assert_array_equal(np.asarray(o, np.float32), np.broadcast_to(want, (64, 4, 128)))
 
 
 @pytest.mark.gpu

@@ -4,7 +4,8 @@ Keys are read in tiles of `block`, from the last one of a work item to its first
 
     boxes   the bulk copy engine moves boxes of neighbouring tokens: of pages of 8 tokens and more, and of contiguous
             keys. One thread starts a box; slots beyond the array are filled with zeros.
-    rows    the threads of the loading warpgroup move one token's row each: pages of any size.
+    rows    the threads of the loading warpgroup move one token's row each: pages of any size, and numbers of 8 bits,
+            which they convert.
 
 A token without a page in the cache is absent: it is not read, whatever its table says.
 """
@@ -32,6 +33,7 @@ class KeySource:
     combined: bool  # K and V are pages 2 i and 2 i + 1 of one array
     strides: RowStrides  # of the rows [num_rows, d]
     block: int  # keys of a tile
+    narrow: bool = False  # of 8 bits: a tile's are of 16
 
     @classmethod
     def of_cache(cls, cache: PagedKVCache, block: int) -> "KeySource":
@@ -42,13 +44,16 @@ class KeySource:
             cache.combined,
             cache.row_strides,
             block,
+            cache.is_fp8,
         )
 
     @classmethod
-    def contiguous(cls, num_tokens: int, num_kv_heads: int, layout: str, block: int) -> "KeySource":
+    def contiguous(
+        cls, num_tokens: int, num_kv_heads: int, layout: str, block: int, narrow: bool = False
+    ) -> "KeySource":
         slot, head = (num_kv_heads, 1) if layout == "NHD" else (1, num_tokens)
         strides = RowStrides(page=0, slot=slot, head=head, value=0)
-        return cls(layout, num_tokens, None, False, strides, block)
+        return cls(layout, num_tokens, None, False, strides, block, narrow)
 
     @property
     def paged(self) -> bool:
@@ -61,7 +66,9 @@ class KeySource:
 
     @property
     def in_boxes(self) -> bool:
-        """Whether the copy engine can move it: boxes begin and end with a block of 8 rows."""
+        """Whether the copy engine can move it: boxes begin and end with a block of 8 rows, and stay as they are."""
+        if self.narrow:
+            return False
         if not self.paged:
             return self.page_size % 8 == 0 and self.page_size >= self.block
         return self.page_size % 8 == 0 and (

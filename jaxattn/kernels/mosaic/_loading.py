@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxattn.kernels.mosaic import _private
+from jaxattn.kernels.mosaic import _converting, _private
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._keys import Keys
 
@@ -83,7 +83,7 @@ class Loader:
         """The first unit's first keys, if it has tiles."""
         raise NotImplementedError
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys) -> None:
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: None) -> None:
         """The unit's other keys and its values, and the coming unit's first keys; n tiles were loaded before the unit.
 
         A coming unit without tiles is none.
@@ -98,7 +98,7 @@ class BoxLoader(Loader):
         boxes = first.source.boxes
         self._by_warps(boxes, lambda numbers: self._first_keys(first, jnp.int32(0), numbers))
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys) -> None:
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: None) -> None:
         tiles = keys.span.tiles
 
         def keys_of(numbers):
@@ -162,7 +162,7 @@ class RowLoader(Loader):
         # Copies that nobody waits for would reach the memory of the block after this one.
         pl.when(first.span.tiles > 0)(lambda: self._put(self.k_ref, self.k, jnp.int32(0), rows))
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys) -> None:
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: None) -> None:
         tiles = keys.span.tiles
 
         def tile(i, carry):
@@ -190,3 +190,49 @@ class RowLoader(Loader):
     def _put_value(self, keys: Keys, n: jax.Array, rows: jax.Array) -> None:
         value = keys.source.strides.value
         self._put(self.v_ref, self.v, n, jnp.where(rows < 0, -1, rows + value) if value else rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertingLoader:
+    """Loads the tiles of K or of V, of 8 bits, through the threads' registers, where they become 16 bits wide.
+
+    K and V have a warpgroup each: while one converts a tile, the bytes of its next one are on their way.
+    """
+
+    ref: Any
+    stages: Stages
+    value: bool
+
+    def begin(self, first: Keys) -> jax.Array:
+        """The words of the first unit's first tile, which are on their way."""
+        return _converting.load(self.ref, self.stages.tiles.shape[-2:], self._rows(first, 0))
+
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys, words: jax.Array) -> jax.Array:
+        """The unit's tiles, of whose first these are the words; those of the coming unit's first."""
+        tiles = keys.span.tiles
+        first = self._rows(coming, 0)
+
+        def tile(i, carry):
+            rows, words = carry
+            following = self._rows(keys, i + 2)
+            ends = jnp.broadcast_to(i + 1 == tiles, rows.shape)
+            words = self._put(n + i, words, jnp.where(ends, first, rows))
+            return following, words
+
+        return lax.fori_loop(0, tiles, tile, (self._rows(keys, 1), words))[1]
+
+    def _put(self, n: jax.Array, words: jax.Array, rows: jax.Array) -> jax.Array:
+        """Words as the n-th tile; the words of these rows, which are on their way."""
+        self.stages.wait_empty(n)
+        stage = self.stages.stage(n)
+        tile = self.stages.tiles.at[stage]
+        words = _converting.convert_and_load(words, tile, self.ref, rows)
+        # Whoever multiplies must make it known to wgmma: here, to do so would wait for the words on their way.
+        plgpu.barrier_arrive(self.stages.full.at[stage])
+        return words
+
+    def _rows(self, keys: Keys, i: Any) -> jax.Array:
+        """Of the unit's i-th tile."""
+        rows = keys.rows(jnp.maximum(keys.span.tiles - 1 - i, 0))
+        value = keys.source.strides.value if self.value else 0
+        return jnp.where(rows < 0, -1, rows + value) if value else rows

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxattn.kv_scales import SMALLEST
+
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 ROWS = 64  # of a warpgroup's product
@@ -38,10 +40,13 @@ class Weights(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class OnlineSoftmax:
     scale: float
+    k_scale: jax.Array | None = None  # float32, positive: a further factor of all scores
 
     @property
-    def unit(self) -> float:
-        return self.scale * LOG2E
+    def unit(self) -> float | jax.Array:
+        unit = self.scale * LOG2E
+        # Not 0, which times the -inf of a masked score is NaN.
+        return unit if self.k_scale is None else jnp.maximum(unit * self.k_scale, SMALLEST)
 
     def init(self) -> State:
         return State(of_rows(-math.inf), of_rows(0.0))
@@ -56,11 +61,11 @@ class OnlineSoftmax:
         return State(m, state.l * alpha + p.sum(axis=1)), Weights(p, alpha)
 
     def finalize(
-        self, state: State, o: jax.Array, sink: jax.Array | None
+        self, state: State, o: jax.Array, sink: jax.Array | None, v_scale: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """The attention state (o [r, d], lse [r], natural log) of the sums o [r, d]; without keys 0 and -inf.
 
-        sink float32 [r]: a further logit, without a value.
+        sink float32 [r]: a further logit, without a value. v_scale: a factor of all values.
         """
         m, l = state
         if sink is not None:
@@ -72,7 +77,8 @@ class OnlineSoftmax:
         empty = l == 0.0
         l = jnp.where(empty, 1.0, l)
         lse = (m + jnp.log2(l)) * LN2
-        return o * along_keys(1.0 / l, o), jnp.where(empty, -math.inf, lse)
+        share = 1.0 / l if v_scale is None else v_scale / l
+        return o * along_keys(share, o), jnp.where(empty, -math.inf, lse)
 
 
 def of_rows(x: float) -> jax.Array:

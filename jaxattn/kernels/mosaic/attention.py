@@ -28,7 +28,7 @@ from jaxattn.device import num_sms
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._keys import Keys, KeySource
 from jaxattn.kernels.mosaic._launch import launch
-from jaxattn.kernels.mosaic._loading import BoxLoader, Queries, RowLoader, Stages
+from jaxattn.kernels.mosaic._loading import BoxLoader, ConvertingLoader, Queries, RowLoader, Stages
 from jaxattn.kernels.mosaic._online_softmax import (
     KEY,
     ROW,
@@ -43,6 +43,7 @@ from jaxattn.kernels.mosaic._splits import Partials
 from jaxattn.kernels.mosaic._units import FIELDS, RING, Schedule, Statics
 from jaxattn.kernels.mosaic.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache
+from jaxattn.kv_scales import FP8_DTYPES, SMALLEST, KVScales
 from jaxattn.plan import AttentionPlan
 from jaxattn.spec import Score
 
@@ -61,6 +62,8 @@ def _attention_kernel(
     indices_ref,  # int32 [capacity]; None for contiguous keys
     page_range_ref,  # int32 [2], as in the plan; likewise
     sinks_ref,  # float32 [h] or None
+    k_scale_ref,  # float32 [1] or [kh], what keys are multiplied by, or None
+    v_scale_ref,  # likewise
     counts_ref,  # int32, zeros: the arrivals of `Partials`, then what `Schedule` counts; None where neither is needed
     o_ref,  # [t * h, d]
     lse_ref,  # float32 [t * h]
@@ -104,6 +107,11 @@ def _attention_kernel(
     def _():
         _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_ref)
 
+    if static.source.narrow:
+        pl.when(warpgroup == COMPUTING + 1)(
+            lambda: _load_values(static, schedule, values, v_ref, indices_ref)
+        )
+
     @pl.when(warpgroup < COMPUTING)
     def _():
         absent = None if absent_smem is None else absent_smem.at[warpgroup]
@@ -123,6 +131,8 @@ def _attention_kernel(
             absent,
             indices_ref,
             sinks_ref,
+            k_scale_ref,
+            v_scale_ref,
             o_ref,
             lse_ref,
             partials,
@@ -131,10 +141,14 @@ def _attention_kernel(
 
 
 def _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_ref):
-    """The loading warpgroup: draws the units, and loads what they need."""
+    """The loading warpgroup: draws the units, and loads what they need; not their values where those are converted."""
     source = static.source
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
-    loader = (BoxLoader if source.in_boxes else RowLoader)(k_ref, v_ref, keys, values)
+    loader: Any
+    if source.narrow:
+        loader = ConvertingLoader(k_ref, keys, value=False)
+    else:
+        loader = (BoxLoader if source.in_boxes else RowLoader)(k_ref, v_ref, keys, values)
 
     def keys_of(unit):
         return Keys(source, unit.span, indices_ref, unit.head)
@@ -149,23 +163,47 @@ def _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_
 
     def a_unit(state):
         """The unit of round r, whose queries and first keys are under way; n tiles were loaded before it."""
-        r, n, _ = state
-        loader.unit(keys_of(schedule.look(r)), n, keys_of(schedule.look(r + 1)))
+        r, n, begun, _ = state
+        begun = loader.unit(keys_of(schedule.look(r)), n, keys_of(schedule.look(r + 1)), begun)
         # Drawn earlier, blocks would not share the last units fairly.
         schedule.begin_draw()
         load_queries(r + 1)
         schedule.tell(r + 2, schedule.unit(schedule.end_draw()))
         end_queries(r + 1)
-        return r + 1, n + schedule.look(r).span.tiles, schedule.look(r + 1).exists
+        n += schedule.look(r).span.tiles
+        return r + 1, n, begun, schedule.look(r + 1).exists
 
     zero, one = jnp.int32(0), jnp.int32(1)
     schedule.tell(zero, schedule.unit(schedule.first()))
-    loader.begin(keys_of(schedule.look(zero)))
+    begun = loader.begin(keys_of(schedule.look(zero)))
     schedule.begin_draw()
     load_queries(zero)
     end_queries(zero)
     schedule.tell(one, schedule.unit(schedule.end_draw()))
-    lax.while_loop(lambda state: state[2], a_unit, (zero, zero, schedule.look(zero).exists))
+    exists = schedule.look(zero).exists
+    lax.while_loop(lambda state: state[3], a_unit, (zero, zero, begun, exists))
+
+
+def _load_values(static, schedule, values, v_ref, indices_ref):
+    """The warpgroup that converts values, of the units that the loading one tells."""
+    plgpu.set_max_registers(static.config.registers[1], action="decrease")
+    loader = ConvertingLoader(v_ref, values, value=True)
+
+    def keys_of(r):
+        unit = schedule.look(r)
+        return Keys(static.source, unit.span, indices_ref, unit.head)
+
+    def a_unit(state):
+        r, n, begun, _ = state
+        exists = schedule.wait(r + 1)
+        begun = loader.unit(keys_of(r), n, keys_of(r + 1), begun)
+        return r + 1, n + keys_of(r).span.tiles, begun, exists
+
+    zero = jnp.int32(0)
+    exists = schedule.wait(zero)
+    lax.while_loop(
+        lambda state: state[3], a_unit, (zero, zero, loader.begin(keys_of(zero)), exists)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,13 +222,11 @@ class Computing:
     absent_smem: Any
     indices_ref: Any
     sinks_ref: Any
+    k_scale_ref: Any
+    v_scale_ref: Any
     o_ref: Any
     lse_ref: Any
     partial_refs: Any  # those of `Partials`; None where no tile is split
-
-    @property
-    def softmax(self) -> OnlineSoftmax:
-        return OnlineSoftmax(self.static.score.exponent_scale)
 
     def run(self) -> None:
         config = self.static.config
@@ -220,7 +256,10 @@ class Computing:
 
     def attend(self, rows: Rows, q_tile: Any, n: jax.Array) -> tuple[jax.Array, State]:
         """The unit's tiles, the n-th loaded and so on: (sums float32 [r, d], state)."""
-        source, dtype, softmax = self.static.source, q_tile.dtype, self.softmax
+        source, dtype, score = self.static.source, q_tile.dtype, self.static.score
+        # A cap comes between the scores' factor and the exponent.
+        k_scale = self.scale(self.k_scale_ref, rows)
+        softmax = OnlineSoftmax(score.exponent_scale, None if score.soft_cap else k_scale)
         tiles = rows.unit.span.tiles
         phases = rows.unit.phases
         scores = plgpu.ACC((ROWS, source.block), jnp.float32)
@@ -254,7 +293,7 @@ class Computing:
             plgpu.wgmma(o_acc, p, self.values.tiles.at[self.values.stage(n + i)])
 
         def weigh(s, state, i, masked):
-            s = self.static.score(s)
+            s = score(s * k_scale if score.soft_cap and k_scale is not None else s)
             if masked:
                 s = self.mask(s, rows, i)
             return softmax.update(state, s, masked=masked)
@@ -352,7 +391,8 @@ class Computing:
             sink = plgpu.load(self.row_smem.at[pl.ds(0, ROWS)], layout=ROW, optimized=False)
             sink += jnp.where(item.split == 0, 0.0, -jnp.inf)
             wg.sync()
-        o, lse = self.softmax.finalize(state, o, sink)
+        softmax = OnlineSoftmax(self.static.score.exponent_scale)
+        o, lse = softmax.finalize(state, o, sink, self.scale(self.v_scale_ref, rows))
         pl.when(item.num_splits == 1)(lambda: store(o, lse))
         if self.partial_refs is not None:
             partials = Partials(
@@ -362,6 +402,12 @@ class Computing:
                 seen=self.seen_smem,
             )
             pl.when(item.num_splits > 1)(lambda: partials.merge(item, o, lse, store))
+
+    def scale(self, ref: Any, rows: Rows) -> jax.Array | None:
+        """What keys or values are multiplied by, where there is something."""
+        if ref is None:
+            return None
+        return jnp.maximum(ref[rows.unit.head if ref.shape[0] > 1 else 0], SMALLEST)
 
     def take_turn(self) -> None:
         if self.static.config.turns:
@@ -396,8 +442,8 @@ def paged_attention(
     """Attention over a cache, for what `serves.why_not_attention` has nothing against.
 
     Args:
-      q: [t, h, d], float16 or bfloat16, as the cache.
-      cache: pages of K and V, of one head_dim.
+      q: [t, h, d], float16 or bfloat16.
+      cache: pages of K and V, of one head_dim, in q's dtype or float8; scales for all or for each KV head.
       plan: of tiles of 128 rows, without mask bits and spans.
       sinks: float32 [h] or None.
       score_mods: none.
@@ -408,17 +454,18 @@ def paged_attention(
     Returns:
       (o [t, h, d], lse float32 [t, h]).
     """
-    config = config or default_config(q.shape[-1])
+    config = config or default_config(q.shape[-1], cache.is_fp8)
     source = KeySource.of_cache(cache, config.block_kv)
     arrays = source.arrays(cache.arrays[0], cache.arrays[-1])
-    return _attention(q, arrays, source, plan, sinks, score=score, name=name, config=config)
+    how: dict[str, Any] = dict(score=score, name=name, config=config)
+    return _attention(q, arrays, source, cache.scales, plan, sinks, **how)
 
 
 def contiguous_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_scales: None,
+    kv_scales: KVScales | None,
     plan: AttentionPlan,
     sinks: jax.Array | None,
     score_mods: tuple[()],
@@ -430,17 +477,20 @@ def contiguous_attention(
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over contiguous k, v [tokens, kh, d] ("NHD") or [kh, tokens, d] ("HND"), as `paged_attention`."""
-    config = config or default_config(q.shape[-1])
+    narrow = k.dtype.name in FP8_DTYPES
+    config = config or default_config(q.shape[-1], narrow)
     tokens = k.shape[0 if kv_layout == "NHD" else 1]
-    source = KeySource.contiguous(tokens, plan.num_kv_heads, kv_layout, config.block_kv)
+    source = KeySource.contiguous(tokens, plan.num_kv_heads, kv_layout, config.block_kv, narrow)
     arrays = source.arrays(k, v)
-    return _attention(q, arrays, source, plan, sinks, score=score, name=name, config=config)
+    how: dict[str, Any] = dict(score=score, name=name, config=config)
+    return _attention(q, arrays, source, kv_scales, plan, sinks, **how)
 
 
 def _attention(
     q: jax.Array,
     arrays: tuple[jax.Array, jax.Array],
     source: KeySource,
+    scales: KVScales | None,
     plan: AttentionPlan,
     sinks: jax.Array | None,
     *,
@@ -483,6 +533,8 @@ def _attention(
             indices_ref=plan.page_indices,
             page_range_ref=plan.page_range,
             sinks_ref=sinks,
+            k_scale_ref=None if scales is None else scales.k.reshape(-1),
+            v_scale_ref=None if scales is None else scales.v.reshape(-1),
         ),
         dict(
             o_ref=jax.ShapeDtypeStruct((t * h, d), q.dtype),
@@ -511,6 +563,6 @@ def _attention(
         dict(counts_ref=counts),
         name=name,
         num_blocks=num_blocks,
-        num_warpgroups=COMPUTING + 1,
+        num_warpgroups=COMPUTING + (2 if source.narrow else 1),
     )
     return out["o_ref"].reshape(t, h, d), out["lse_ref"].reshape(t, h)

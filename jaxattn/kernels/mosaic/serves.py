@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.device import has_wgmma
+from jaxattn.kv_scales import FP8_DTYPES, KVScales
 from jaxattn.plan import MAX_ROWS, AttentionPlan
 
 HEAD_DIMS = (64, 128, 256)
+# At 256 no registers are left for bytes on their way.
+NARROW_HEAD_DIMS = (64, 128)
 
 
 def why_not() -> str | None:
@@ -29,25 +32,28 @@ def why_not_attention(
     values: jax.Array,
     plan: AttentionPlan,
     *,
-    scales: bool,
+    scales: KVScales | None,
     score_mods: bool,
     out_dtype: jax.typing.DTypeLike,
 ) -> str | None:
     """Why this attention does not run here, None: it does.
 
-    values: V, or the array that holds it; scales, score_mods: whether there are any.
+    values: V, or the array that holds it; score_mods: whether there are any.
     """
     if (reason := why_not()) is not None:
         return reason
-    if scales:
-        return "it has no scales of keys and values"
+    if scales is not None and scales.per_token:
+        return "it has no scales for each token: one for all, or one for each KV head"
     d = q.shape[-1]
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16; q is {q.dtype}"
-    if values.dtype != q.dtype:
-        return f"it takes keys and values of q's dtype, {q.dtype}; got {values.dtype}"
+    narrow = values.dtype.name in FP8_DTYPES
+    if values.dtype != q.dtype and not narrow:
+        return f"it takes keys and values of q's dtype, {q.dtype}, or of float8; got {values.dtype}"
     if d not in HEAD_DIMS or values.shape[-1] != d:
         return f"it takes head_dim {HEAD_DIMS}, the same for V; got {d} and {values.shape[-1]}"
+    if narrow and d not in NARROW_HEAD_DIMS:
+        return f"over keys and values of 8 bits it takes head_dim {NARROW_HEAD_DIMS}; got {d}"
     if out_dtype != q.dtype:
         return f"it writes q's dtype, {q.dtype}; out_dtype is {out_dtype}"
     if score_mods:
