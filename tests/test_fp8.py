@@ -90,13 +90,23 @@ def test_attention(op, layout, scales, backend):
     )  # fmt: skip
 
 
-def wild(kind, op, backend, dtype=bf16, kv_dtype=E4M3, lens=(40, 300, 0, 17)):
+def wild(
+    kind,
+    op,
+    backend,
+    dtype=bf16,
+    kv_dtype=E4M3,
+    lens=(40, 300, 0, 17),
+    new=5,
+    out_dtype=f32,
+    sms=16,
+):
     """Scales from 1e-6 to 1e6 by head, q the other way round; each head is judged by itself."""
     kh, group, d = 4, 4, 64
     heads = [np.float32([1e-6, 1e6, 1.0, 1e-3]), np.float32([1e6, 1e-6, 1e-6, 1e3])]
     paged = make_paged(lens, page_size=16, num_kv_heads=kh, head_dim=d, dtype=kv_dtype)
     paged = with_scales(paged, kind, heads=heads)
-    qo_lens = [1] * len(lens) if op == "decode" else [min(n, 5) for n in lens]
+    qo_lens = [1] * len(lens) if op == "decode" else [min(n, new) for n in lens]
     rng = np.random.default_rng(0)
     # float16 holds no query of 1e6: there, only the small ones.
     smallest = 1.0 if dtype == f16 else 1e-6
@@ -104,8 +114,8 @@ def wild(kind, op, backend, dtype=bf16, kv_dtype=E4M3, lens=(40, 300, 0, 17)):
     q = rng.standard_normal((sum(qo_lens), kh * group, d)) * size
     q = rounded(q.astype(np.float32), dtype)
     table = paged.table
-    options = dict(num_qo_heads=kh * group, num_kv_heads=kh, num_sms=16)
-    how = dict(backend=backend, return_lse=True, out_dtype=f32)
+    options = dict(num_qo_heads=kh * group, num_kv_heads=kh, num_sms=sms)
+    how = dict(backend=backend, return_lse=True, out_dtype=out_dtype)
     indptr = np.cumsum([0, *qo_lens])
     if op == "decode":
         o, lse = ja.paged_decode(

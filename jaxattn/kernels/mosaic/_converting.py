@@ -1,9 +1,10 @@
 """Rows of 8-bit numbers, from any address in device memory, to a tile of 16-bit ones in shared memory.
 
-No copy engine converts, and tensor cores multiply numbers of one type: so bytes come through the registers of the
-warpgroup that loads. Each thread takes pieces of 16 bytes of a row, which become two 16-byte chunks of the tile. A
-tile's pieces in registers are its words, int32 [r * d / 4]; while one tile's words are converted, the next tile's
-take their place, register by register, so that always about a tile is on its way.
+No copy engine converts, and tensor cores multiply numbers of one type. So each thread of a warpgroup brings pieces of
+16 bytes of a row to a place of its own in shared memory, by asynchronous copies, and from there converts them through
+its registers to two 16-byte chunks of the tile. What a thread reads it has copied itself: it waits for its own copies
+and for no other thread. Its places are one fewer than a tile's pieces, a ring: where one was read, the piece comes
+that is as many pieces further on.
 
 Every number of float8 is one of float16, and of bfloat16 by way of it: NaN and infinities stay what they are.
 """
@@ -13,65 +14,84 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith
 
 from jaxattn.kernels.mosaic import _warpgroup as wg
 
-PIECE = 4  # words
+PIECE = 4  # words of 32 bits
 # Of PTX, by the names of dtypes.
 FP8 = dict(float8_e4m3fn="e4m3", float8_e5m2="e5m2")
+SLOT_BYTES = wg.THREADS * PIECE * 4
 
 
-def load(src: jax.Ref, shape: tuple[int, int], index: jax.Array) -> jax.Array:
-    """Begins to load the words of src[index], of a tile of this shape [r, d]; zeros where index < 0.
+def staging(d: int) -> tuple[int, int]:
+    """The shape of a warpgroup's ring of pieces, int32, for tiles of 128 rows and d columns."""
+    return d // 16 - 1, wg.THREADS * PIECE
 
-    src: float8 [n, d], in device memory. index int32 [128], EACH: of `row_of_thread(r)`.
+
+def begin(ring: Any, shape: tuple[int, int], src: jax.Ref, index: jax.Array) -> None:
+    """Begins to copy the pieces of src[index], the first tile, of this shape [r, d], but for the last one.
+
+    ring: shared memory, as `staging`. src: float8 [n, d], in device memory. index int32 [128], EACH: of
+    `row_of_thread(r)`; zeros come where it is negative.
     """
-    words = _words(shape)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), wg.EACH), return_type=words)
-    def begin(ctx, src, index):
-        index = wg._own(index)
-        return _array(words, [_load(src, index, x, shape) for x in _pieces(shape)])
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), wg.EACH))
+    def copy(ctx, ring, src, index):
+        index, place = wg._own(index), _place(ring)
+        for j, piece in enumerate(list(_pieces(shape))[:-1]):
+            _copy(arith.addi(place, wg._i32(j * SLOT_BYTES)), src, index, piece, shape)
 
-    return begin(src, index)
-
-
-def convert(words: jax.Array, dst: Any, dtype: jax.typing.DTypeLike) -> None:
-    """dst [r, d] (shared memory, TILED) = the numbers of this float8 dtype in words."""
-    shape, into = dst.shape[-2:], dst.dtype
-
-    @plgpu.inline_mgpu(arg_types=(_words(shape).layout, plgpu.RefType(wg.TILED)))
-    def store(ctx, words, dst):
-        base = wg._shared_address(dst)
-        for piece, register in zip(_pieces(shape), words.registers.flat, strict=True):
-            _store(register, arith.addi(base, piece.place), dtype, into)
-
-    store(words, dst)
+    copy(ring, src, index)
 
 
-def convert_and_load(words: jax.Array, dst: Any, src: jax.Ref, index: jax.Array) -> jax.Array:
-    """`convert` of src's dtype, and `load` of src[index], piece after piece in the same registers."""
+def convert(
+    ring: Any, n: jax.Array, dst: Any, src: jax.Ref, index: jax.Array, coming: jax.Array
+) -> None:
+    """dst [r, d] (shared memory, TILED) = src[index], the n-th tile; begins to copy src[coming], the next one's pieces.
+
+    index, coming: as in `begin`, which has begun this tile, or the call before this one has.
+    """
     shape, dtype, into = dst.shape[-2:], src.dtype, dst.dtype
-    types = _words(shape)
+    slots = ring.shape[-2]
+    start = jax.lax.rem(n, slots)
 
     @plgpu.inline_mgpu(
-        arg_types=(types.layout, plgpu.RefType(wg.TILED), plgpu.RefType(), wg.EACH),
-        return_type=types,
+        arg_types=(
+            plgpu.RefType(),
+            wg.EACH,
+            plgpu.RefType(wg.TILED),
+            plgpu.RefType(),
+            wg.EACH,
+            wg.EACH,
+        )
     )
-    def exchange(ctx, words, dst, src, index):
-        base, index, coming = wg._shared_address(dst), wg._own(index), []
-        for piece, register in zip(_pieces(shape), words.registers.flat, strict=True):
-            _store(register, arith.addi(base, piece.place), dtype, into)
-            coming.append(_load(src, index, piece, shape))
-        return _array(types, coming)
+    def through(ctx, ring, start, dst, src, index, coming):
+        base, own = wg._shared_address(dst), _place(ring)
+        start, index, coming = wg._own(start), wg._own(index), wg._own(coming)
+        pieces = list(_pieces(shape))
+        # The pieces' places, from `start` on around the ring.
+        places = []
+        for j in range(slots):
+            slot = arith.addi(start, wg._i32(j))
+            over = wg._compare("sge", slot, slots)
+            slot = arith.select(over, arith.subi(slot, wg._i32(slots)), slot)
+            places.append(arith.addi(own, arith.muli(slot, wg._i32(SLOT_BYTES))))
+        places.append(places[0])
+        words = _read(places[0], slots - 1)
+        for j, piece in enumerate(pieces):
+            following = _read(places[j + 1], slots - 2) if j + 1 < len(pieces) else None
+            _store(words, arith.addi(base, piece.place), dtype, into)
+            if j == 0:
+                _copy(places[0], src, index, pieces[-1], shape)
+            else:
+                _copy(places[j], src, coming, pieces[j - 1], shape)
+            words = following
 
-    return exchange(words, dst, src, index)
+    through(ring, start, dst, src, index, coming)
 
 
 class _Piece(NamedTuple):
@@ -111,24 +131,38 @@ def _pieces(shape: tuple[int, int]) -> Iterator[_Piece]:
         )
 
 
-def _load(src, index, piece, shape):
-    """The four words of a piece, as a vector."""
-    i32 = ir.IntegerType.get_signless(32)
+def _place(ring):
+    """The address of this thread's first place in a ring."""
+    return arith.addi(wg._shared_address(ring), arith.muli(wg._thread(), wg._i32(4 * PIECE)))
+
+
+def _copy(place, src, index, piece, shape):
+    """Begins to copy a piece, a group of its own to wait for."""
     row = wg._shuffle(index, piece.lane)
-    address = wg._row_address(src, row, shape[1], piece.column, element_bytes=1)
-    words = utils.inline_ptx(
-        "{ .reg .pred p; setp.ge.s32 p, $5, 0;"
-        " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
-        " @p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+    size = arith.select(wg._compare("slt", row, 0), wg._i32(0), wg._i32(16))
+    address = wg._row_address(
+        src, arith.maxsi(row, wg._i32(0)), shape[1], piece.column, element_bytes=1
+    )
+    wg._asm(
+        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2; cp.async.commit_group;",
+        "r,l,r",
+        place,
         address,
-        row,
-        result_types=[i32] * PIECE,
+        size,
+    )
+
+
+def _read(place, under_way):
+    """The words of the piece at a place, when no more than so many later ones are under way."""
+    return utils.inline_ptx(
+        f"cp.async.wait_group {under_way}; ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4];",
+        place,
+        result_types=[ir.IntegerType.get_signless(32)] * PIECE,
         has_side_effects=True,
     )
-    return vector.from_elements(ir.VectorType.get((PIECE,), i32), list(words))
 
 
-def _store(register, address, dtype, into):
+def _store(words, address, dtype, into):
     """The 16 numbers of a piece, converted, to its two chunks: the second one's address differs in one bit."""
     kind = FP8[jnp.dtype(dtype).name]
     code = "{ .reg .b16 l, h; .reg .f32 f, g; .reg .b32 a, x<8>; xor.b32 a, $0, 16;"
@@ -140,23 +174,4 @@ def _store(register, address, dtype, into):
             code += f" mov.b32 {{l, h}}, {x}; cvt.f32.f16 f, l; cvt.f32.f16 g, h;"
             code += f" cvt.rn.bf16x2.f32 {x}, g, f;"
     code += " st.shared.v4.b32 [$0], {x0, x1, x2, x3}; st.shared.v4.b32 [a], {x4, x5, x6, x7}; }"
-    words = [
-        vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-        for i in range(PIECE)
-    ]
     wg._asm(code, "r,r,r,r,r", address, *words)
-
-
-def _words(shape: tuple[int, int]) -> Any:
-    """The type of a tile's words."""
-    number = shape[0] * shape[1] // 4
-    layout = plgpu.Layout.WG_STRIDED((number,), vec_size=PIECE)
-    return plgpu.ShapeDtypeStruct((number,), jnp.int32, layout=layout)
-
-
-def _array(type_, registers):
-    return mgpu.FragmentedArray(
-        _registers=np.array([*registers], dtype=object),
-        _layout=type_.layout.to_mgpu(),
-        _is_signed=True,
-    )

@@ -4,6 +4,8 @@ A stage is `full` when its copies are there, `empty` when both computing warpgro
 item's last to its first, and on to the next item's. Queries have stages of their own, a unit's in each.
 
 Units are short, a few tiles each, and the computing warpgroups must not wait at the beginning of one.
+
+Keys and values of 8 bits take longer: they must be converted, by threads. So values have a further warpgroup.
 """
 
 import dataclasses
@@ -67,9 +69,24 @@ class Queries(Stages):
             _private.arrive_after_copies(self.full.at[self.stage(r)])
 
 
-@dataclasses.dataclass(frozen=True)
 class Loader:
-    """Loads the tiles of one unit after the other, keys ahead of values, also from a unit to the next.
+    """Loads the tiles of one unit after the other, also from a unit to the next."""
+
+    def begin(self, first: Keys) -> Any:
+        """Begins with the first unit, if it has tiles; returns what `unit` must know of it."""
+        raise NotImplementedError
+
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: Any) -> Any:
+        """What has not begun of the unit, and the beginning of the coming one; n tiles were loaded before the unit.
+
+        begun: what `begin` or the call before this one returned. A coming unit without tiles is none.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class PairLoader(Loader):
+    """Of keys and values, keys ahead of values.
 
     A unit's first keys come with the unit before it: the tensor cores wait for them, and not for its values.
     """
@@ -79,19 +96,8 @@ class Loader:
     k: Stages
     v: Stages
 
-    def begin(self, first: Keys) -> None:
-        """The first unit's first keys, if it has tiles."""
-        raise NotImplementedError
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: None) -> None:
-        """The unit's other keys and its values, and the coming unit's first keys; n tiles were loaded before the unit.
-
-        A coming unit without tiles is none.
-        """
-        raise NotImplementedError
-
-
-class BoxLoader(Loader):
+class BoxLoader(PairLoader):
     """By the copy engine: two warps start K's boxes, two V's."""
 
     def begin(self, first: Keys) -> None:
@@ -154,7 +160,7 @@ class BoxLoader(Loader):
         lax.fori_loop(first, end, tile, keys.pages(tiles - 1 - first, numbers))
 
 
-class RowLoader(Loader):
+class RowLoader(PairLoader):
     """By the threads, each token's row by itself; keys are a tile ahead."""
 
     def begin(self, first: Keys) -> None:
@@ -193,43 +199,42 @@ class RowLoader(Loader):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertingLoader:
-    """Loads the tiles of K or of V, of 8 bits, through the threads' registers, where they become 16 bits wide.
-
-    K and V have a warpgroup each: while one converts a tile, the bytes of its next one are on their way.
-    """
+class ConvertingLoader(Loader):
+    """Of keys or of values, whose 8 bits become 16 on the way: while a tile is converted, its next one's bytes come."""
 
     ref: Any
     stages: Stages
+    ring: Any  # of `_converting`, this warpgroup's
     value: bool
 
     def begin(self, first: Keys) -> jax.Array:
-        """The words of the first unit's first tile, which are on their way."""
-        return _converting.load(self.ref, self.stages.tiles.shape[-2:], self._rows(first, 0))
+        """The rows of the first unit's first tile, which have begun."""
+        rows = self._rows(first, 0)
+        _converting.begin(self.ring, self.stages.tiles.shape[-2:], self.ref, rows)
+        return rows
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys, words: jax.Array) -> jax.Array:
-        """The unit's tiles, of whose first these are the words; those of the coming unit's first."""
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: jax.Array) -> jax.Array:
+        """The rows of the coming unit's first tile, which have begun: as, before, those of this unit's had."""
         tiles = keys.span.tiles
         first = self._rows(coming, 0)
 
         def tile(i, carry):
-            rows, words = carry
-            following = self._rows(keys, i + 2)
+            rows, following = carry
+            later = self._rows(keys, i + 2)  # the latency of their page ids passes
             ends = jnp.broadcast_to(i + 1 == tiles, rows.shape)
-            words = self._put(n + i, words, jnp.where(ends, first, rows))
-            return following, words
+            following = jnp.where(ends, first, following)
+            self._put(n + i, rows, following)
+            return following, later
 
-        return lax.fori_loop(0, tiles, tile, (self._rows(keys, 1), words))[1]
+        return lax.fori_loop(0, tiles, tile, (begun, self._rows(keys, 1)))[0]
 
-    def _put(self, n: jax.Array, words: jax.Array, rows: jax.Array) -> jax.Array:
-        """Words as the n-th tile; the words of these rows, which are on their way."""
+    def _put(self, n: jax.Array, rows: jax.Array, following: jax.Array) -> None:
+        """The n-th tile, of these rows; those of the tile after it begin."""
         self.stages.wait_empty(n)
         stage = self.stages.stage(n)
-        tile = self.stages.tiles.at[stage]
-        words = _converting.convert_and_load(words, tile, self.ref, rows)
-        # Whoever multiplies must make it known to wgmma: here, to do so would wait for the words on their way.
+        _converting.convert(self.ring, n, self.stages.tiles.at[stage], self.ref, rows, following)
+        # Whoever multiplies makes it known to wgmma: to do so here would wait for the copies as well.
         plgpu.barrier_arrive(self.stages.full.at[stage])
-        return words
 
     def _rows(self, keys: Keys, i: Any) -> jax.Array:
         """Of the unit's i-th tile."""

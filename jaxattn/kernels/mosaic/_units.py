@@ -138,7 +138,7 @@ class Schedule:
         plgpu.barrier_arrive(self.told.at[slot])
 
     def wait(self, r: jax.Array) -> jax.Array:
-        """By the computing ones: waits for the unit of the r-th round; whether there is one."""
+        """By the others: waits for the unit of the r-th round; whether there is one."""
         plgpu.barrier_wait(self.told.at[lax.rem(r, RING)])
         return self.look(r).exists
 

@@ -4,7 +4,7 @@ A tile's row may lie anywhere in device memory: a page of one token, a query hea
 neighbouring rows; these functions move single ones, 16 bytes a thread. Values that differ from thread to thread are
 arrays int32 or float32 [128] of layout EACH: element i is thread i's.
 
-This file and `_private` alone speak Mosaic's dialects; everything else is Pallas.
+This file, `_converting` and `_private` alone speak Mosaic's dialects; everything else is Pallas.
 """
 
 from collections.abc import Iterator, Sequence

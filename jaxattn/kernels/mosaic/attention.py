@@ -2,11 +2,12 @@
 
     x_ij = logit(<q_i, k_j>),   o_i = sum_j softmax_j(x_ij) v_j,   lse_i = log sum_j exp(x_ij)
 
-over the keys j that query i sees. A block has three warpgroups. Two compute, 64 packed rows (query token x query head
+over the keys j that query i sees. Two warpgroups of a block compute, 64 packed rows (query token x query head
 of one KV group) of one work item's tile each; the third loads its queries and keys (`_loading`), ahead of them also
-from one item to the next. While the tensor cores multiply one warpgroup's scores and values, the other warpgroup takes
-its softmax: they take turns. Within a warpgroup the products Q K_i^T and P_{i-1} V_{i-1} are under way together
-(FlashAttention-3, Shah et al. 2024, algorithm 2).
+from one item to the next; where they are of 8 bits it converts keys, and a fourth warpgroup values. While the tensor
+cores multiply one warpgroup's scores and values, the other warpgroup takes its softmax: they take turns. Within a
+warpgroup the products Q K_i^T and P_{i-1} V_{i-1} are under way together (FlashAttention-3, Shah et al. 2024,
+algorithm 2).
 
 Which work a block does is `_units`', what a row sees `_rows`', what is done to a score `spec.Score`'s, where keys lie
 `_keys`'; the softmax is `_online_softmax`'s, split tiles are `_splits`'; here they meet.
@@ -26,9 +27,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.device import num_sms
 from jaxattn.kernels.mosaic import _warpgroup as wg
+from jaxattn.kernels.mosaic._converting import staging
 from jaxattn.kernels.mosaic._keys import Keys, KeySource
 from jaxattn.kernels.mosaic._launch import launch
-from jaxattn.kernels.mosaic._loading import BoxLoader, ConvertingLoader, Queries, RowLoader, Stages
+from jaxattn.kernels.mosaic._loading import (
+    BoxLoader,
+    ConvertingLoader,
+    Loader,
+    Queries,
+    RowLoader,
+    Stages,
+)
 from jaxattn.kernels.mosaic._online_softmax import (
     KEY,
     ROW,
@@ -78,6 +87,7 @@ def _attention_kernel(
     v_smem,
     v_full,
     v_empty,
+    rings_smem,  # of `_converting`, for K and V; None where they are not converted
     turn,
     row_smem,  # float32 [2, 128]: a number a row, between layouts
     absent_smem,  # float32 [2, 128]: -inf for the keys of a tile that are not in the cache, 0 for others
@@ -105,11 +115,12 @@ def _attention_kernel(
 
     @pl.when(warpgroup == COMPUTING)
     def _():
-        _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_ref)
+        refs = q_ref, k_ref, v_ref, indices_ref
+        _load(static, schedule, queries, keys, values, rings_smem, *refs)
 
     if static.source.narrow:
         pl.when(warpgroup == COMPUTING + 1)(
-            lambda: _load_values(static, schedule, values, v_ref, indices_ref)
+            lambda: _load_values(static, schedule, values, rings_smem, v_ref, indices_ref)
         )
 
     @pl.when(warpgroup < COMPUTING)
@@ -140,13 +151,13 @@ def _attention_kernel(
         computing.run()
 
 
-def _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_ref):
+def _load(static, schedule, queries, keys, values, rings, q_ref, k_ref, v_ref, indices_ref):
     """The loading warpgroup: draws the units, and loads what they need; not their values where those are converted."""
     source = static.source
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
-    loader: Any
+    loader: Loader
     if source.narrow:
-        loader = ConvertingLoader(k_ref, keys, value=False)
+        loader = ConvertingLoader(k_ref, keys, rings.at[0], value=False)
     else:
         loader = (BoxLoader if source.in_boxes else RowLoader)(k_ref, v_ref, keys, values)
 
@@ -182,12 +193,15 @@ def _load(static, schedule, queries, keys, values, q_ref, k_ref, v_ref, indices_
     schedule.tell(one, schedule.unit(schedule.end_draw()))
     exists = schedule.look(zero).exists
     lax.while_loop(lambda state: state[3], a_unit, (zero, zero, begun, exists))
+    if source.narrow:
+        # Copies that nobody waits for would reach the memory of the block after this one.
+        wg.wait_copies()
 
 
-def _load_values(static, schedule, values, v_ref, indices_ref):
+def _load_values(static, schedule, values, rings, v_ref, indices_ref):
     """The warpgroup that converts values, of the units that the loading one tells."""
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
-    loader = ConvertingLoader(v_ref, values, value=True)
+    loader = ConvertingLoader(v_ref, values, rings.at[1], value=True)
 
     def keys_of(r):
         unit = schedule.look(r)
@@ -204,6 +218,7 @@ def _load_values(static, schedule, values, v_ref, indices_ref):
     lax.while_loop(
         lambda state: state[3], a_unit, (zero, zero, loader.begin(keys_of(zero)), exists)
     )
+    wg.wait_copies()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -552,6 +567,7 @@ def _attention(
             v_smem=shared(stages, keys, d),
             v_full=barriers(stages, source.boxes),
             v_empty=barriers(stages, COMPUTING),
+            rings_smem=plgpu.SMEM((2, *staging(d)), jnp.int32) if source.narrow else None,
             turn=barriers(COMPUTING, 1),
             row_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32),
             absent_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32) if source.paged else None,

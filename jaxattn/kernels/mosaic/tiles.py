@@ -22,5 +22,5 @@ def default_config(head_dim: int, narrow: bool = False) -> Config:
     """narrow: keys and values are of 8 bits, and come through the loading warpgroup's registers."""
     if head_dim > 128:
         return Config(64, 2, 1, True, (240, 24))
-    registers = (192, 64) if narrow else (232, 40)
+    registers = (208, 48) if narrow else (232, 40)
     return Config(128, 2 if head_dim > 64 else 4, 2, True, registers)
