@@ -46,7 +46,7 @@ from jaxattn.work_list import (
 # Of a tile; 16 is the least that mma.sync takes, 64 the least that wgmma does.
 MIN_ROWS, MID_ROWS, MAX_ROWS = 16, 64, 128
 MAX_FEW_ROWS = 32  # tiles up to here only wait for memory
-MAX_IN_ONE_PROGRAM = 256  # requests whose pairs a program's registers hold
+MAX_IN_ONE_PROGRAM = 512  # requests, each of which every entry is compared with
 
 
 @jax.tree_util.register_dataclass

@@ -169,10 +169,10 @@ class ByIndex:
 
 
 class ByComparison:
-    """The same where arrays lie in registers, which have no indices: sums over all pairs."""
+    """The same where arrays lie in registers, which have no indices."""
 
     def running_sum(self, x: Array) -> tuple[Array, Array]:
-        return _pairwise_sum(x), x.sum(dtype=jnp.int32)[None]
+        return jnp.cumsum(x, dtype=jnp.int32), x.sum(dtype=jnp.int32)[None]
 
     def find(self, ends: Array, entry: Array) -> tuple[Array, Callable[[Array], Array]]:
         i = (ends[None, :] <= entry[:, None]).sum(axis=1, dtype=jnp.int32)
@@ -267,9 +267,7 @@ def expand(counts: Array, capacity: int) -> tuple[Array, Array, Array]:
 
 def running_sum(x: Array) -> Array:
     """x[0], x[0] + x[1], ..."""
-    return jnp.cumsum(x, dtype=jnp.int32) if x.size > MAX_PAIRWISE else _pairwise_sum(x)
-
-
-def _pairwise_sum(x: Array) -> Array:
+    if x.size > MAX_PAIRWISE:
+        return jnp.cumsum(x, dtype=jnp.int32)
     i = jnp.arange(x.size, dtype=jnp.int32)
     return jnp.where(i[None, :] <= i[:, None], x[None, :], 0).sum(axis=1, dtype=jnp.int32)
