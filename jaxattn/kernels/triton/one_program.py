@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jaxattn.kernels.triton._launch import Out, launch
 from jaxattn.kernels.triton._rows import load, pow2, store
 
-ENTRIES = 32  # of a program
+ENTRIES = 8  # of a program, each compared with every element of an array
 LEAST = 16  # elements of an array, padded
 
 
