@@ -314,6 +314,24 @@ def test_contiguous_gpu(hopper, layout, odd, variant):
     )
 
 
+@pytest.mark.gpu
+def test_contiguous_fp8_gpu(hopper):
+    """Through the rows, also of a number of tokens that the copy engine would take."""
+    check(
+        Variant(causal=True, window_left=300),
+        QO_LENS,
+        [*KV_LENS[:-1], KV_LENS[-1] + (-sum(KV_LENS)) % 8],
+        op="ragged",
+        backend="mosaic",
+        group=4,
+        head_dim=(128, 128),
+        dtype=jnp.bfloat16,
+        kv_dtype=E4M3,
+        layout="HND",
+        **FEW_SMS,
+    )
+
+
 VARIANTS = [
     Variant(causal=True, window_left=0),
     Variant(causal=True, window_left=127, sinks=True),

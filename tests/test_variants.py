@@ -114,7 +114,7 @@ def check(
         plan = ja.plan_ragged_prefill(i32(qo_indptr), kv_indptr, **heads, **prefill)
         return ja.ragged_prefill(q, *kv, plan, kv_layout=layout.split()[0], **how)
 
-    kv = [jnp.asarray(np.concatenate(x)).astype(dtype) for x in (paged.k, paged.v)]
+    kv = [jnp.asarray(np.concatenate(x)).astype(kv_dtype or dtype) for x in (paged.k, paged.v)]
     if layout == "HND":
         kv = [jnp.swapaxes(x, 0, 1) for x in kv]
     o, lse = run(qj, cache, table, kv)

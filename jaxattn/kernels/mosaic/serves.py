@@ -8,7 +8,7 @@ from jaxattn.kv_scales import FP8_DTYPES, KVScales
 from jaxattn.plan import MAX_ROWS, AttentionPlan
 
 HEAD_DIMS = (64, 128, 256)
-# At 256 no registers are left for bytes on their way.
+# At 256 the computing warpgroups need the registers that a fourth one would take.
 NARROW_HEAD_DIMS = (64, 128)
 
 

@@ -3,7 +3,8 @@
 Taking turns and the way blocks share the work were measured (`benchmarks/results/h100_sweeps_mosaic.txt`). The rest is
 what fits, not measured against others: shared memory holds, with the queries of two units (at 256 of one), four stages
 of 128 keys at head_dim 64, two at 128, two of 64 keys at 256; and the three warpgroups' registers add up to at most 504
-a thread of each.
+a thread of each. Over keys of 8 bits four warpgroups have 512; 208 and 216 for a computing one are level, 200 is slower
+(`h200_sweeps_mosaic.txt`), and with 216 no loop of products spills.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ class Config:
     num_stages: int  # tiles of K and of V that are loaded ahead
     num_queries: int  # units whose queries are there at once
     turns: bool  # the two computing warpgroups take turns at the tensor cores
-    registers: tuple[int, int]  # a thread of a computing warpgroup has, and of the loading one
+    registers: tuple[int, int]  # a thread of a computing warpgroup has, and of a loading one
 
     @property
     def short_kv(self) -> int:
@@ -24,8 +25,8 @@ class Config:
 
 
 def default_config(head_dim: int, narrow: bool = False) -> Config:
-    """narrow: keys and values are of 8 bits, and come through the loading warpgroup's registers."""
+    """narrow: keys and values are of 8 bits, which two warpgroups load and convert."""
     if head_dim > 128:
         return Config(64, 2, 1, True, (240, 24))
-    registers = (208, 48) if narrow else (232, 40)
+    registers = (216, 40) if narrow else (232, 40)
     return Config(128, 2 if head_dim > 64 else 4, 2, True, registers)
