@@ -57,7 +57,7 @@ def convert(
     """
     shape, dtype, into = dst.shape[-2:], src.dtype, dst.dtype
     slots = ring.shape[-2]
-    start = jax.lax.rem(n, slots)
+    start = jax.lax.rem(n, slots)  # a tile has one piece more than there are places
 
     @plgpu.inline_mgpu(
         arg_types=(
