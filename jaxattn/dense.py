@@ -11,7 +11,7 @@ Axes: B requests, T queries, S keys, N query heads, K KV heads, H head dim.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -103,15 +103,8 @@ def dot_product_attention(
     if not (b and s):
         raise ValueError(f"key must hold at least one request and one key; got {list(k.shape)}")
 
-    length = jnp.full(b, t, jnp.int32)
-    if query_seq_lengths is not None:
-        length = jnp.clip(copied_from_host(query_seq_lengths), 0, t)
-    end = jnp.full(b, s, jnp.int32)
-    if key_value_seq_lengths is not None:
-        end = jnp.clip(copied_from_host(key_value_seq_lengths), 0, s)
-    # No query sees a key behind what the last one does.
-    end = jnp.where(length > 0, visible.end(length - 1, end), 0)
-    batch = _Batch(b, t, s, AttentionSpec(n, heads, visible), length, end)
+    given = {name: copied_from_host(x) for name, x in lengths.items() if x is not None}
+    batch = _Batch(b, t, s, AttentionSpec(n, heads, visible), given)
     if mask is None:
         plan = batch.plan(padded=query_seq_lengths is not None)
     elif t > 1 and mask.shape[1] == 1:
@@ -147,20 +140,45 @@ class _Batch:
     t: int
     s: int
     spec: AttentionSpec
-    length: Array  # int32 [B], queries
-    end: Array  # int32 [B], keys that any of them may see
+    given: dict[
+        str, Array
+    ]  # query_seq_lengths and key_value_seq_lengths, int32 [B], where there are any
+
+    @property
+    def length(self) -> Array:
+        """int32 [B], queries."""
+        return self._bounds(self.given, self.b)[0]
+
+    @property
+    def end(self) -> Array:
+        """int32 [B], keys that any of them may see."""
+        return self._bounds(self.given, self.b)[1]
+
+    def _bounds(self, given: dict[str, Array], b: int) -> tuple[Array, Array]:
+        """(length, end) of b requests."""
+        queries, keys = (given.get(f"{name}_seq_lengths") for name in ("query", "key_value"))
+        length = jnp.full(b, self.t, jnp.int32) if queries is None else jnp.clip(queries, 0, self.t)
+        end = jnp.full(b, self.s, jnp.int32) if keys is None else jnp.clip(keys, 0, self.s)
+        # No query sees a key behind what the last one does.
+        return length, jnp.where(length > 0, self.spec.visible.end(length - 1, end), 0)
 
     def plan(self, padded: bool) -> AttentionPlan:
         """Without a mask; padded: there may be fewer than T queries."""
         row, s = jnp.arange(self.b, dtype=jnp.int32), self.s
         if self.t == 1:
-            return self._decode(Keys(None, row * s, self.end, self.end, 1))
+            return self._decode(self._rows_of, self.given.values())
         # The last query stands at length - 1, wherever the keys end.
         if not padded:
             return self._prefill(Keys(None, row * s, self.length, self.end, 1), self.spec)
         keys = Keys(None, jnp.repeat(row * s, 2), of_runs(self.length), of_runs(self.end), 1)
         indptr = run_indptr(jnp.zeros_like(self.length), self.length, self.t)
         return self._prefill(keys, self.spec, indptr)
+
+    def _rows_of(self, *given: Array) -> Keys:
+        """Contiguous keys, of the lengths given."""
+        b = given[0].shape[0] if given else self.b
+        _, end = self._bounds(dict(zip(self.given, given)), b)
+        return Keys(None, jnp.arange(b, dtype=jnp.int32) * self.s, end, end, 1)
 
     def plan_key_mask(self, mask: Array) -> AttentionPlan:
         """Under a mask of keys, bool [B or 1, S]: a query sees a run of those that are left."""
@@ -177,7 +195,7 @@ class _Batch:
         mask = mask & (first <= j) & (j < last)
         keys, _ = _seen_keys(mask.any(axis=1))
         if self.t == 1:
-            return self._decode(keys)
+            return self._decode(*keys.as_function())
         assert keys.page_indices is not None
         token = keys.page_indices.reshape(self.b, 1, self.s) % self.s
         bits = jnp.take_along_axis(mask, token, axis=2).reshape(self.b, self.t * self.s)
@@ -199,8 +217,8 @@ class _Batch:
         """The heads alone: what a query sees is said otherwise."""
         return AttentionSpec(self.spec.num_qo_heads, self.spec.num_kv_heads)
 
-    def _decode(self, keys: Keys) -> AttentionPlan:
-        return decode_plan(keys, self._unmasked, Splits(), num_sms())
+    def _decode(self, keys_of: Callable[..., Keys], lengths: Iterable[Array]) -> AttentionPlan:
+        return decode_plan(keys_of, tuple(lengths), self._unmasked, Splits(), num_sms())
 
     def _prefill(
         self, keys: Keys, spec: AttentionSpec, qo_indptr: Array | None = None, **how: Any

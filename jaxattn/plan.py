@@ -8,6 +8,8 @@ Axes: b requests, t query tokens, w work items.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +24,29 @@ from jaxattn.checks import (
     copied_from_host,
 )
 from jaxattn.device import num_sms as default_num_sms
+from jaxattn.dispatch import dispatch
+from jaxattn.kernels.triton.one_program import in_one_program
 from jaxattn.kv_cache import PageTable
 from jaxattn.operands import MaskBits
 from jaxattn.spec import AttentionSpec, Visible
 from jaxattn.visits import PlannedMask, find_visits
-from jaxattn.work_list import KV_BLOCK, Keys, Splitting, Tiles, aligned, expand, make_work_list
+from jaxattn.work_list import (
+    KV_BLOCK,
+    ByComparison,
+    Keys,
+    Splitting,
+    Tiles,
+    WorkItem,
+    aligned,
+    expand,
+    list_items,
+    make_work_list,
+)
 
 # Of a tile; 16 is the least that mma.sync takes, 64 the least that wgmma does.
 MIN_ROWS, MID_ROWS, MAX_ROWS = 16, 64, 128
 MAX_FEW_ROWS = 32  # tiles up to here only wait for memory
+MAX_IN_ONE_PROGRAM = 512  # requests, each of which every entry is compared with
 
 
 @jax.tree_util.register_dataclass
@@ -127,50 +143,66 @@ def plan_decode(
     """
     page_table, page_size = _checked(page_table, page_size)
     return decode_plan(
-        Keys.of(page_table, page_size),
+        *Keys.of(page_table, page_size).as_function(),
         AttentionSpec(num_qo_heads, num_kv_heads, Visible.of(False, window_left)),
         Splits(fixed_split_size, disable_split_kv, page_size),
         num_sms or default_num_sms(),
     )
 
 
-def decode_plan(keys: Keys, spec: AttentionSpec, splits: "Splits", num_sms: int) -> AttentionPlan:
-    """`plan_decode` of keys wherever they lie."""
+def decode_plan(
+    keys_of: Callable[..., Keys],
+    lengths: Sequence[Array],
+    spec: AttentionSpec,
+    splits: "Splits",
+    num_sms: int,
+    backend: str | None = None,
+) -> AttentionPlan:
+    """`plan_decode` of keys wherever they lie: keys_of(*lengths), of int32 [b] each.
+
+    On a GPU one kernel makes the work list, from the lengths as they come: XLA takes six.
+    """
+    keys = keys_of(*lengths)
     group, batch, page_size = spec.group, keys.kv_len.shape[0], keys.page_size
     block_rows = min(max(MIN_ROWS, 1 << (group - 1).bit_length()), MID_ROWS)
-    kv_len, kv_end, page_start = keys.kv_len, keys.kv_end, keys.page_start
-    # A request is one tile, or several where its group is larger than a tile.
-    first = jnp.arange(batch, dtype=jnp.int32)[:, None] * group
-    row = (first + jnp.arange(0, group, block_rows, dtype=jnp.int32)[None, :]).ravel()
-    request = row // group
-    tiles_per_request = row.size // batch
-    position = kv_len[request] - 1
-    begin, end = spec.visible.some(position, position, kv_end[request])
-    tiles = Tiles(
-        row_begin=row,
-        row_end=jnp.minimum(row + block_rows, (request + 1) * group),
-        q_position=position - request,
-        page_start=page_start[request],
-        kv_begin=aligned(begin, page_size, row.shape),
-        kv_end=end,
-        own_end=kv_end[request],
-    )
+    parts = -(-group // block_rows)  # tiles of a request
     programs_per_sm = _programs_per_sm(
-        block_rows, group, row.size * spec.num_kv_heads, num_sms, splits.adaptive
+        block_rows, group, batch * parts * spec.num_kv_heads, num_sms, splits.adaptive
     )
     # A full split takes as many pages of the table; each tile has at most one that is not full.
     most_pages = 0 if keys.page_indices is None else keys.page_indices.size
-    most = row.size + tiles_per_request * (most_pages // (splits.fixed_size or 1))
+    most = parts * (batch + most_pages // (splits.fixed_size or 1))
     fill = -(-programs_per_sm * num_sms // spec.num_kv_heads)
-    work = make_work_list(tiles, splits.splitting(fill, most, block_rows))
+    how = splits.splitting(fill, most, block_rows)
+
+    def tiles(keys: Keys) -> Tiles:
+        return _decode_tiles(keys, spec, block_rows, batch)
+
+    def by_xla(*lengths: Array) -> Array:
+        return make_work_list(tiles(keys_of(*lengths)), how).items
+
+    def some_items(entry: Array, *lengths: Array) -> WorkItem:
+        return list_items(tiles(keys_of(*lengths)), how, entry, ByComparison())[0]
+
+    by_kernel = functools.partial(
+        in_one_program,
+        some_items,
+        num_entries=how.capacity(batch * parts),
+        num_fields=len(WorkItem._fields),
+        name="jaxattn_plan_decode",
+    )
+    if lengths and parts == 1 and batch <= MAX_IN_ONE_PROGRAM:
+        items = dispatch(backend, by_kernel, by_xla, *lengths)
+    else:
+        items = by_xla(*lengths)
     return AttentionPlan(
         qo_indptr=None,
         page_indices=keys.page_indices,
-        page_range=keys.page_range(spec.visible.begin(kv_len - 1)),
-        page_start=page_start,
-        kv_len=kv_len,
-        kv_end=kv_end,
-        items=work.items,
+        page_range=keys.page_range(spec.visible.begin(keys.kv_len - 1)),
+        page_start=keys.page_start,
+        kv_len=keys.kv_len,
+        kv_end=keys.kv_end,
+        items=items,
         num_items=None,
         limits=None,
         mask=None,
@@ -179,7 +211,32 @@ def decode_plan(keys: Keys, spec: AttentionSpec, splits: "Splits", num_sms: int)
         num_qo_tokens=batch,
         block_rows=block_rows,
         programs_per_sm=programs_per_sm,
-        num_slots=work.num_slots,
+        num_slots=how.num_slots,
+    )
+
+
+def _decode_tiles(keys: Keys, spec: AttentionSpec, block_rows: int, batch: int) -> Tiles:
+    """A request is one tile, or several where its group is larger than a tile; those of `batch` requests have rows."""
+    group = spec.group
+    parts = -(-group // block_rows)
+
+    def of(x: Array) -> Array:
+        return x if parts == 1 else jnp.repeat(x, parts)
+
+    tile = jnp.arange(keys.kv_len.shape[0] * parts, dtype=jnp.int32)
+    request = tile // parts
+    row = request * group + tile % parts * block_rows
+    end = jnp.minimum(row + block_rows, (request + 1) * group)
+    position, kv_end = of(keys.kv_len) - 1, of(keys.kv_end)
+    begin, stop = spec.visible.some(position, position, kv_end)
+    return Tiles(
+        row_begin=row,
+        row_end=jnp.where(request < batch, end, row),
+        q_position=position - request,
+        page_start=of(keys.page_start),
+        kv_begin=aligned(begin, keys.page_size, row.shape),
+        kv_end=stop,
+        own_end=kv_end,
     )
 
 

@@ -4,6 +4,7 @@ What a key and a mass are is said in `token_mass.py`; kernels and these agree to
 as far as `exp2` does.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -26,7 +27,8 @@ def threshold(x: Array, limits: Limits, *, logits: bool, joint: bool) -> Array:
     """int32 [b], the least key that is kept of each row of x [b, vocab]; as `sampling_from_logits` says what is."""
     row = _Row(x, limits, logits)
     vocab = x.shape[1]
-    descending = -jnp.sort(-row.key, axis=1)  # no key is the least int32, which has no negative
+    # Without the barrier XLA on a GPU (JAX 0.11.2) reads the sorted keys, in the end, where other numbers lie by then.
+    descending = jax.lax.optimization_barrier(jnp.sort(row.key, axis=1)[:, ::-1])
     masses = row.mass(value_of(descending))
     total = Mass(*(part[:, -1:] for part in _running(masses)))
     least = descending[:, -1:]

@@ -10,9 +10,9 @@ from shapes alone, so the contents of the index arrays are free: other lengths n
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -77,6 +77,14 @@ class Keys:
         end = jnp.clip(table.indptr[-1], 0, table.indices.size)
         return cls(table.indices, start, kv_len, kv_end, page_size, end)
 
+    def as_function(self) -> tuple[Callable[..., "Keys"], tuple[Array, ...]]:
+        """(function, lengths): function(*lengths) are these keys; other lengths have theirs."""
+
+        def keys_of(page_start: Array, kv_len: Array, kv_end: Array) -> "Keys":
+            return dataclasses.replace(self, page_start=page_start, kv_len=kv_len, kv_end=kv_end)
+
+        return keys_of, (self.page_start, self.kv_len, self.kv_end)
+
     def page_range(self, begin: int | Array) -> Array | None:
         """As `AttentionPlan.page_range`, of the keys from position begin [b] on."""
         if self.page_indices is None:
@@ -89,8 +97,9 @@ class Keys:
             used &= entry >= first[jnp.maximum(request, 0)]
         most = jnp.int32(2**31 - 1)
         page = jnp.where(self.page_indices < 0, most, self.page_indices)
-        lowest, highest = jnp.where(used, page, most).min(), jnp.where(used, page, 0).max()
-        return jnp.stack([lowest, highest])
+        # The lowest is the highest below 0: one sum of XLA's, and so one kernel, for both.
+        ends = jnp.stack([-jnp.where(used, page, most), jnp.where(used, page, 0)]).max(axis=1)
+        return ends * jnp.asarray([-1, 1], jnp.int32)
 
 
 def aligned(begin: int | Array, page_size: int, shape: tuple[int, ...]) -> Array:
@@ -123,47 +132,94 @@ class Splitting:
     max_splits: int
     tall: bool
 
+    def capacity(self, num_tiles: int) -> int:
+        """Items, at most."""
+        if self.split_size is None:
+            return num_tiles + self.fill
+        return self.max_splits if self.split_size else num_tiles
+
+    @property
+    def num_slots(self) -> int:
+        """Partial states, at most."""
+        if self.split_size is None:
+            return -(-4 * self.fill // 3)
+        return self.max_splits if self.split_size else 0
+
 
 def make_work_list(tiles: Tiles, how: Splitting) -> WorkList:
     num_tiles = tiles.kv_end.size
+    entry = jnp.arange(how.capacity(num_tiles), dtype=jnp.int32)
+    item, owner, num_items = list_items(tiles, how, entry, ByIndex())
+    return WorkList(jnp.stack(item, axis=1), owner, num_items, how.num_slots)
+
+
+class ByIndex:
+    """Sums and look-ups of int32 [n] in XLA."""
+
+    def running_sum(self, x: Array) -> tuple[Array, Array]:
+        """(x[0], x[0] + x[1], ...; the whole sum [1])."""
+        ends = running_sum(x)
+        return ends, ends[-1:]
+
+    def find(self, ends: Array, entry: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """(i with ends[i - 1] <= entry < ends[i], n for none; x [n] -> x[i])."""
+        # Unrolled, the search is one kernel with the gathers that follow it.
+        i = jnp.searchsorted(ends, entry, side="right", method="scan_unrolled").astype(jnp.int32)
+        return i, lambda x: x[i]
+
+
+class ByComparison:
+    """The same where arrays lie in registers, which have no indices."""
+
+    def running_sum(self, x: Array) -> tuple[Array, Array]:
+        return jnp.cumsum(x, dtype=jnp.int32), x.sum(dtype=jnp.int32)[None]
+
+    def find(self, ends: Array, entry: Array) -> tuple[Array, Callable[[Array], Array]]:
+        i = (ends[None, :] <= entry[:, None]).sum(axis=1, dtype=jnp.int32)
+        here = jnp.arange(ends.size, dtype=jnp.int32)[None, :] == i[:, None]
+        return i, lambda x: jnp.where(here, x[None, :], 0).sum(axis=1, dtype=jnp.int32)
+
+
+def list_items(
+    tiles: Tiles, how: Splitting, entry: Array, sums: ByIndex | ByComparison
+) -> tuple[WorkItem, Array, Array]:
+    """The items with these numbers: (their fields [entries], their tiles [entries], how many items are used [1])."""
     keys = jnp.maximum(tiles.kv_end - tiles.kv_begin, 0)
     if how.split_size is None:
         splits, piece = _fair_splits(keys, how.fill, MIN_TALL_BLOCKS if how.tall else 1)
-        capacity, num_slots = num_tiles + how.fill, -(-4 * how.fill // 3)
     elif how.split_size:
         splits = jnp.maximum(-(-keys // how.split_size), 1)
         piece = jnp.full_like(splits, how.split_size)
-        capacity = num_slots = how.max_splits
     else:
         splits, piece = jnp.ones_like(keys), keys
-        capacity, num_slots = num_tiles, 0
 
     # Contents that cannot be, an indptr that decreases say, may ask for more slots than there are: tiles stay whole.
-    splits = jnp.minimum(splits, num_slots + 1)
+    splits = jnp.minimum(splits, how.num_slots + 1)
     partials = jnp.where(splits > 1, splits, 0)
-    slot = running_sum(partials) - partials
-    fits = slot + partials <= num_slots
+    slot = sums.running_sum(partials)[0] - partials
+    fits = slot + partials <= how.num_slots
     splits, piece = jnp.where(fits, splits, 1), jnp.where(fits, piece, keys)
     splits = jnp.where(tiles.row_begin < tiles.row_end, splits, 0)
     # A prompt's last rows see the most keys: begun first, they are not what the GPU waits for in the end.
-    owner, nth, used = expand(splits, capacity, backwards=how.tall)
-    begin = tiles.kv_begin[owner]
+    listed = _listed(splits, entry, sums, backwards=how.tall)
+    of, nth = listed.of, listed.nth
+    begin, piece = of(tiles.kv_begin), of(piece)
     item = WorkItem(
-        row_begin=tiles.row_begin[owner],
-        row_end=tiles.row_end[owner],
-        q_position=tiles.q_position[owner],
-        page_start=tiles.page_start[owner],
-        kv_begin=begin + nth * piece[owner],
-        kv_end=jnp.minimum(begin + (nth + 1) * piece[owner], tiles.kv_end[owner]),
+        row_begin=of(tiles.row_begin),
+        row_end=of(tiles.row_end),
+        q_position=of(tiles.q_position),
+        page_start=of(tiles.page_start),
+        kv_begin=begin + nth * piece,
+        kv_end=jnp.minimum(begin + (nth + 1) * piece, of(tiles.kv_end)),
         split=nth,
-        num_splits=splits[owner],
-        slot=slot[owner],
-        own_end=tiles.own_end[owner],
+        num_splits=of(splits),
+        slot=of(slot),
+        own_end=of(tiles.own_end),
     )
     # An unused item owns no rows and no keys, so that its program does nothing.
-    nothing = WorkItem(*(jnp.int32(x) for x in (0, 0, 0, 0, 0, 0, 0, 1, 0, 0)))
-    item = jax.tree.map(lambda field, empty: jnp.where(used, field, empty), item, nothing)
-    return WorkList(jnp.stack(item, axis=1), owner, running_sum(splits)[-1:], num_slots)
+    nothing = dict.fromkeys(WorkItem._fields, 0) | dict(num_splits=1)
+    item = WorkItem(*map(lambda x, empty: jnp.where(listed.used, x, empty), item, nothing.values()))
+    return item, listed.owner, listed.total
 
 
 def _fair_splits(keys: Array, fill: int, min_blocks: int) -> tuple[Array, Array]:
@@ -180,19 +236,33 @@ def _fair_splits(keys: Array, fill: int, min_blocks: int) -> tuple[Array, Array]
     return jnp.maximum(-(-blocks // piece), 1), piece * KV_BLOCK
 
 
-def expand(counts: Array, capacity: int, backwards: bool = False) -> tuple[Array, Array, Array]:
+class _Listed(NamedTuple):
+    owner: Array  # [entries] each
+    nth: Array
+    used: Array
+    of: Callable[
+        [Array], Array
+    ]  # x [n] -> each entry's owner's; of meaning where the entry is used
+    total: Array  # [1], the entries that are used
+
+
+def _listed(
+    counts: Array, entry: Array, sums: ByIndex | ByComparison, backwards: bool = False
+) -> _Listed:
+    ends, total = sums.running_sum(counts)
+    used = entry < total
+    entry = jnp.where(used, total - 1 - entry if backwards else entry, 0)
+    owner, of = sums.find(ends, entry)
+    return _Listed(jnp.where(used, owner, 0), entry - of(ends - counts), used, of, total)
+
+
+def expand(counts: Array, capacity: int) -> tuple[Array, Array, Array]:
     """Lists `counts[i]` entries for each i: (i, its number among them, whether the entry is used), [capacity].
 
-    Those that are used come first, `backwards` in descending order.
+    Those that are used come first.
     """
-    ends = running_sum(counts)
-    entry = jnp.arange(capacity, dtype=jnp.int32)
-    used = entry < ends[-1]
-    entry = jnp.where(used, ends[-1] - 1 - entry if backwards else entry, 0)
-    # Unrolled, the search is one kernel with the gathers that follow it.
-    owner = jnp.searchsorted(ends, entry, side="right", method="scan_unrolled").astype(jnp.int32)
-    owner = jnp.where(used, owner, 0)
-    return owner, entry - (ends - counts)[owner], used
+    listed = _listed(counts, jnp.arange(capacity, dtype=jnp.int32), ByIndex())
+    return listed.owner, listed.nth, listed.used
 
 
 def running_sum(x: Array) -> Array:

@@ -14,6 +14,11 @@ if ON_GPU:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # Searching for the fastest matrix product of every oracle would take longer than the tests.
     flags = ["--xla_gpu_autotune_level=0"]
+    # What one worker has compiled, the others and the next run need not: most of the tests' time.
+    cache = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 else:
     # Interpreted kernels run for milliseconds and compile for seconds: LLVM need not optimise, nor start threads, and
     # the older emitter of fusions takes half as long as the MLIR one (which JAX 0.11 and later cannot go without).
@@ -28,7 +33,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Of tests with many parameters, those that took more than 0.4 s.
+# Of tests with many parameters, those that took more than 0.4 s; of a GPU's, which compile for 10 s and more, those
+# whose like is tested beside them.
 SLOW = frozenset((Path(__file__).parent / "slow_tests.txt").read_text().splitlines())
 
 

@@ -11,6 +11,7 @@ from rowwise import assert_rounded_once, normal
 
 import jaxattn as ja
 from jaxattn import reference
+from jaxattn.models import feed_forward
 
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
 TRUTH = {
@@ -73,3 +74,23 @@ def test_kernel_on_a_gpu(op, shape, dtype):
     truth = jax.jit(functools.partial(reference.activate_and_multiply, activation=op))
     got = getattr(ja, f"{op}_and_mul")(x, backend="triton")
     assert_rounded_once(got, truth(x.astype(f32)), dtype)
+
+
+def test_a_model_takes_the_kernel_for_many_rows(monkeypatch):
+    """And XLA's fusion for fewer, with the same result."""
+    monkeypatch.setattr(feed_forward, "MANY_ROWS", 5)
+    mlp = feed_forward.Gated(33, "gelu_pytorch_tanh")
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(
+        lambda source: jnp.asarray(rng.standard_normal(source.shape) / 4, jnp.bfloat16),
+        mlp.sources("layer.", 16),
+    )
+    for rows in (4, 5):
+        x = jnp.asarray(rng.standard_normal((rows, 16)), jnp.bfloat16)
+        run = functools.partial(mlp, x, weights, is_token=jnp.ones(rows, bool))
+        program = str(jax.make_jaxpr(functools.partial(run, backend="interpret"))())
+        assert ("jaxattn_gelu_tanh_and_mul" in program) == (rows == 5)
+        ours, xlas = (run(backend=backend) for backend in ("interpret", "xla"))
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), xlas.astype(jnp.float32), rtol=0.02, atol=0.02
+        )

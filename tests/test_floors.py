@@ -11,19 +11,15 @@ import jaxattn
 PACKAGE = Path(jaxattn.__file__).parent
 
 FLOORS = [
-    ["checks", "device", "padded", "token_mass"],
+    ["checks", "device", "padded", "token_mass", "kernels.triton._launch", "kernels.triton._rows"],
+    ["kernels.triton.one_program"],
     ["kv_scales", "spec"],
     ["kv_cache"],
-    ["operands", "work_list"],
+    ["dispatch", "operands", "work_list"],
     ["visits"],
-    ["dispatch", "plan"],
+    ["plan"],
     ["reference", "reference_sampling"],
-    [
-        "kernels.triton._rows",
-        "kernels.triton._launch",
-        "kernels.triton._online_softmax",
-        "kernels.triton._float16",
-    ],
+    ["kernels.triton._online_softmax", "kernels.triton._float16"],
     [
         "kernels.triton._keys",
         "kernels.triton._limits",

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import jaxattn as ja
-from jaxattn.work_list import KV_BLOCK, MAX_PAIRWISE, WorkItem
+from jaxattn.plan import MAX_IN_ONE_PROGRAM, Splits, decode_plan
+from jaxattn.spec import AttentionSpec, Visible
+from jaxattn.work_list import KV_BLOCK, MAX_PAIRWISE, Keys, WorkItem
 
 NUM_SMS = 132
 DECODE_STATICS = ["page_size", "num_qo_heads", "num_kv_heads", "num_sms"]
@@ -106,6 +108,49 @@ def test_slots_are_as_many_as_can_be_needed():
     check_coverage(plan, np.full(8, 3 * KV_BLOCK))
     assert all(item.num_splits == 2 for item in items_of(plan) if item.row_end > item.row_begin)
     assert plan.num_slots == 16
+
+
+def one_kernels_plan_is_xlas(kernel, lengths, group, window_left, splits):
+    """To the integer, of the lengths as they come and of nonsense in them."""
+    b = len(lengths)
+    rng = np.random.default_rng(b)
+    start = jnp.asarray(rng.integers(0, 1000, b), jnp.int32)
+    kv_len = jnp.asarray(lengths, jnp.int32)
+    kv_end = jnp.maximum(kv_len - jnp.asarray(rng.integers(0, 2, b) * 40, jnp.int32), 0)
+    keys = Keys(jnp.zeros(max(sum(lengths) // 16, 1) + b, jnp.int32), start, kv_len, kv_end, 16)
+    spec = AttentionSpec(2 * group, 2, Visible.of(False, window_left))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def items(backend, *lengths):
+        keys_of, _ = keys.as_function()
+        return decode_plan(keys_of, lengths, spec, splits, NUM_SMS, backend).items
+
+    _, arrays = keys.as_function()
+    for given in (arrays, (start, kv_len - 7, jnp.maximum(kv_end, 2**31 - 200))):
+        np.testing.assert_array_equal(items(kernel, *given), items("xla", *given))
+
+
+KERNEL_CASES = [
+    # lengths, group, window_left, splits
+    ([4096], 4, None, Splits()),
+    ([0, 1, 15, 16, 17, 100_000, 5], 3, None, Splits()),
+    ([128 * i for i in range(33)], 1, 1000, Splits()),
+    ([300, 0, 9000], 40, None, Splits(5, page_size=16)),
+    ([300, 0, 9000], 8, 31, Splits(disabled=True)),
+]
+
+
+@pytest.mark.parametrize("case", range(len(KERNEL_CASES)))
+def test_one_kernels_plan_is_xlas_interpreted(case):
+    one_kernels_plan_is_xlas("interpret", *KERNEL_CASES[case])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", range(len(KERNEL_CASES) + 1))
+def test_one_kernels_plan_is_xlas_gpu(case):
+    rng = np.random.default_rng(0)
+    many = (rng.geometric(1 / 2000, MAX_IN_ONE_PROGRAM).tolist(), 4, None, Splits())
+    one_kernels_plan_is_xlas("triton", *[*KERNEL_CASES, many][case])
 
 
 def test_groups_of_one_have_four_programs():

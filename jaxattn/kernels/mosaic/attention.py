@@ -223,7 +223,6 @@ class Computing:
         source, dtype, softmax = self.static.source, q_tile.dtype, self.softmax
         tiles = rows.unit.span.tiles
         phases = rows.unit.phases
-        scores = plgpu.ACC((ROWS, source.block), jnp.float32)
 
         def wait_plain_values(i):
             """Of a tile without a mask: while the tensor cores are at work already."""
@@ -246,12 +245,19 @@ class Computing:
                     wg.clear_rows(self.values.tiles.at[self.values.stage(n + i)], begin, end)
                     plgpu.commit_smem()
 
+        def scores(keys):
+            return plgpu.ACC((ROWS, keys), jnp.float32)
+
+        def first_of(stages, i, count):
+            """The first rows of the i-th tile."""
+            return stages.tiles.at[stages.stage(n + i), pl.ds(0, count)]
+
         def multiply_keys(s_acc, i):
-            tile = self.keys.tiles.at[self.keys.stage(n + i)]
+            tile = first_of(self.keys, i, s_acc.shape[1])
             plgpu.wgmma(s_acc, q_tile, tile.transpose((1, 0)))
 
         def multiply_values(o_acc, p, i):
-            plgpu.wgmma(o_acc, p, self.values.tiles.at[self.values.stage(n + i)])
+            plgpu.wgmma(o_acc, p, first_of(self.values, i, p.shape[1]))
 
         def weigh(s, state, i, masked):
             s = self.static.score(s)
@@ -293,14 +299,22 @@ class Computing:
                     wait_masked_values(i)
                 return m, l, coming.astype(dtype)
 
-            return pl.run_scoped(inner, scores)
+            return pl.run_scoped(inner, scores(source.block))
 
         def over_tiles(o_acc):
             masked, plain = (
                 functools.partial(step, o_acc=o_acc, masked=masked) for masked in (True, False)
             )
-            carry = pl.run_scoped(first, scores)
-            carry = lax.fori_loop(1, phases.plain, masked, carry)
+
+            def whole():
+                return pl.run_scoped(first, scores(source.block))
+
+            def short():
+                return masked(1, pl.run_scoped(first, scores(short_kv)))
+
+            short_kv = self.static.config.short_kv
+            carry = lax.cond(phases.short != 0, short, whole) if short_kv else whole()
+            carry = lax.fori_loop(1 + phases.short, phases.plain, masked, carry)
             carry = lax.fori_loop(phases.plain, phases.low, plain, carry)
             if self.static.spec.visible.window_left is not None or not source.paged:
                 carry = lax.fori_loop(phases.low, tiles, masked, carry)
@@ -326,7 +340,7 @@ class Computing:
             keys = Keys(source, span, self.indices_ref, rows.unit.head)
             self.absent_smem[...] = keys.absent(span.tiles - 1 - i)
             wg.sync()
-            block = self.absent_smem.at[pl.ds(0, source.block)]
+            block = self.absent_smem.at[pl.ds(0, s.shape[1])]
             return s + along_rows(plgpu.load(block, layout=KEY, optimized=False), ROWS)
 
         return lax.cond(span.absent != 0, hide_absent, lambda s: s, s)

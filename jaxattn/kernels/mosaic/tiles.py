@@ -17,6 +17,11 @@ class Config:
     turns: bool  # the two computing warpgroups take turns at the tensor cores
     registers: tuple[int, int]  # a thread of a computing warpgroup has, and of the loading one
 
+    @property
+    def short_kv(self) -> int:
+        """Keys of a unit's last tile where so few are left: half, or 0 where wgmma's sums, of 64 at least, take all."""
+        return self.block_kv // 2 if self.block_kv >= 128 else 0
+
 
 def default_config(head_dim: int) -> Config:
     if head_dim > 128:
