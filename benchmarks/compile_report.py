@@ -45,6 +45,7 @@ from jaxattn.grouped_matmul import Groups, grouped_matmul
 
 TARGETS = Path(__file__).parent / "targets"
 ARCHITECTURES = {"h200": "sm_90a", "a100": "sm_80"}
+REGISTERS = 65536  # of a multiprocessor; a thread gets eight at a time
 KERNEL_PREFIX = "jaxattn_"
 
 
@@ -66,6 +67,11 @@ class KernelReport:
     cp_async: int
     warnings: tuple[str, ...]
     loop_spills: int | None = None  # in the loops that multiply, where the machine code is known
+
+    @property
+    def programs(self) -> int:
+        """How many a multiprocessor holds the registers of."""
+        return REGISTERS // (self.threads * (-(-self.registers // 8) * 8))
 
     @property
     def spills(self) -> tuple[str, ...]:
@@ -294,14 +300,20 @@ class Case:
     accepted: str = ""
     mosaic: bool = False
     targets: tuple[str, ...] = tuple(ARCHITECTURES)  # that have what it needs
+    programs: int = 1  # that a multiprocessor must hold the registers of
 
     def faults(self, kernel: KernelReport) -> list[str]:
         """What this case's kernel must not show, and shows."""
-        return [
+        found = [
             fault
             for fault in kernel.faults
             if self.hot and not (self.accepted and self.accepted in fault)
         ]
+        if kernel.programs < self.programs:
+            found.append(
+                f"{kernel.registers} registers, of {kernel.programs} programs instead of {self.programs}"
+            )
+        return found
 
 
 def _struct(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -573,10 +585,12 @@ def _case(
     hot: bool = False,
     accepted: str = "",
     targets: tuple[str, ...] = tuple(ARCHITECTURES),
+    programs: int = 1,
     **kwargs: Any,
 ):
     mosaic = kwargs.get("backend") == "mosaic"
-    return Case(name, functools.partial(build, *args, **kwargs), hot, accepted, mosaic, targets)
+    build = functools.partial(build, *args, **kwargs)
+    return Case(name, build, hot, accepted, mosaic, targets, programs)
 
 
 MOSAIC: dict[str, Any] = dict(backend="mosaic", targets=("h200",))
@@ -684,12 +698,18 @@ CASES = (
     _case("prefill bf16 16/16 d192 v128", _prefill, 16, 16, 192, 16, dv=128),
     _case("prefill bf16 16/1 d512 v256", _prefill, 16, 1, 512, 16, dv=256),
     # FP8 caches: scales for all, or for each token and head.
-    _case("decode fp8 32/8 d128 p1", _decode, 32, 8, 128, 1, hot=True, **FP8),
-    _case("decode fp8 32/8 d128 p16", _decode, 32, 8, 128, 16, hot=True, **FP8),
-    _case("decode fp8 32/8 d128 p64", _decode, 32, 8, 128, 64, hot=True, **FP8),
-    _case("decode fp8 32/8 d128 p1 token", _decode, 32, 8, 128, 1, hot=True, **FP8_TOKEN),
-    _case("decode fp8 32/8 d128 p16 token", _decode, 32, 8, 128, 16, hot=True, **FP8_TOKEN),
-    _case("decode fp8 32/8 d128 p64 token", _decode, 32, 8, 128, 64, hot=True, **FP8_TOKEN),
+    _case("decode fp8 32/8 d128 p1", _decode, 32, 8, 128, 1, hot=True, programs=4, **FP8),
+    _case("decode fp8 32/8 d128 p16", _decode, 32, 8, 128, 16, hot=True, programs=4, **FP8),
+    _case("decode fp8 32/8 d128 p64", _decode, 32, 8, 128, 64, hot=True, programs=4, **FP8),
+    _case(
+        "decode fp8 32/8 d128 p1 token", _decode, 32, 8, 128, 1, hot=True, programs=4, **FP8_TOKEN
+    ),
+    _case(
+        "decode fp8 32/8 d128 p16 token", _decode, 32, 8, 128, 16, hot=True, programs=4, **FP8_TOKEN
+    ),
+    _case(
+        "decode fp8 32/8 d128 p64 token", _decode, 32, 8, 128, 64, hot=True, programs=4, **FP8_TOKEN
+    ),
     _case("decode fp8 32/32 d128 p16", _decode, 32, 32, 128, 16, **FP8),
     _case("decode fp8 8/1 d128 p16", _decode, 8, 1, 128, 16, **FP8),
     _case("decode fp8 32/8 d64 p16", _decode, 32, 8, 64, 16, **FP8),

@@ -5,6 +5,7 @@ from jaxattn.append import rope_append_paged_kv_cache as rope_append_paged_kv_ca
 from jaxattn.attention import paged_decode as paged_decode
 from jaxattn.attention import paged_prefill as paged_prefill
 from jaxattn.attention import ragged_prefill as ragged_prefill
+from jaxattn.decode_plan import plan_decode as plan_decode
 from jaxattn.dense import dot_product_attention as dot_product_attention
 from jaxattn.flashinfer import (
     BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper,
@@ -56,9 +57,8 @@ from jaxattn.model_step import attend as attend
 from jaxattn.model_step import begin_step as begin_step
 from jaxattn.operands import MaskBits as MaskBits
 from jaxattn.plan import AttentionPlan as AttentionPlan
-from jaxattn.plan import plan_decode as plan_decode
-from jaxattn.plan import plan_prefill as plan_prefill
-from jaxattn.plan import plan_ragged_prefill as plan_ragged_prefill
+from jaxattn.prefill_plan import plan_prefill as plan_prefill
+from jaxattn.prefill_plan import plan_ragged_prefill as plan_ragged_prefill
 from jaxattn.ragged import paged_attention as paged_attention
 from jaxattn.ragged import plan_paged_attention as plan_paged_attention
 from jaxattn.rope import apply_llama31_rope as apply_llama31_rope

@@ -27,11 +27,13 @@ from jaxattn.checks import (
     check_shape,
     copied_from_host,
 )
+from jaxattn.decode_plan import decode_plan
 from jaxattn.device import num_sms
 from jaxattn.kv_cache import PagedKVCache
 from jaxattn.operands import MaskBits
 from jaxattn.padded import of_runs, row_indptr, run_indptr
-from jaxattn.plan import AttentionPlan, Splits, decode_plan, prefill_plan
+from jaxattn.plan import AttentionPlan, Splits
+from jaxattn.prefill_plan import prefill_plan
 from jaxattn.spec import AttentionSpec, Visible
 from jaxattn.work_list import Keys
 

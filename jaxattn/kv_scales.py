@@ -100,16 +100,18 @@ def own_scale(magnitude: Array, dtype: DTypeLike) -> Array:
     return jnp.maximum(magnitude * (1 / float(jnp.finfo(dtype).max)), MIN_SCALE)
 
 
-def stored(x: Array, scale: Array | None, dtype: DTypeLike) -> Array:
+def stored(x: Array, scale: Array | None, dtype: DTypeLike, *, saturating: bool = False) -> Array:
     """x / scale in a cache's dtype; what is beyond the range of a float8 dtype saturates, and NaN stays NaN.
 
-    scale: float32, broadcasts against x; None: 1.
+    scale: float32, broadcasts against x; None: 1. saturating: the conversion to a float8 dtype does so by itself.
     """
     if scale is not None:
         x = x.astype(jnp.float32) * (1.0 / jnp.maximum(scale, SMALLEST))
     if jnp.dtype(dtype).name not in FP8_DTYPES:
         return x.astype(dtype)
     x = x.astype(jnp.float32)
+    if saturating:
+        return x.astype(dtype)
     most = float(jnp.finfo(dtype).max)
     # A GPU's minimum and maximum drop NaN.
     return jnp.where(jnp.isnan(x), x, jnp.clip(x, -most, most)).astype(dtype)

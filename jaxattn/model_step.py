@@ -26,9 +26,11 @@ from jaxattn.checks import (
     check_shape,
     copied_from_host,
 )
+from jaxattn.decode_plan import plan_decode
 from jaxattn.kv_cache import PageTable, as_pool
 from jaxattn.padded import of_runs, run_indptr
-from jaxattn.plan import AttentionPlan, plan_decode, plan_prefill
+from jaxattn.plan import AttentionPlan
+from jaxattn.prefill_plan import plan_prefill
 
 
 @jax.tree_util.register_dataclass

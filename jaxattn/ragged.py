@@ -20,7 +20,8 @@ from jaxattn.checks import (
     copied_from_host,
 )
 from jaxattn.kv_cache import PageTable, as_pool
-from jaxattn.plan import AttentionPlan, plan_prefill
+from jaxattn.plan import AttentionPlan
+from jaxattn.prefill_plan import plan_prefill
 
 
 def plan_paged_attention(

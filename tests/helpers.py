@@ -77,7 +77,8 @@ def make_paged(
 def with_scales(paged: Paged, kind: str, *, heads=None, seed=0) -> Paged:
     """The same stored numbers under scales: "tensor", "head" or "token"; k and v are those that the cache stands for.
 
-    heads: two float arrays [kh], what k's and v's scales are near to; scales of slots that no request owns are NaN.
+    heads: two float arrays [kh], what k's and v's scales are near to; scales of slots that no request owns are NaN or
+    infinite.
     """
     cache, rng = paged.cache, np.random.default_rng(seed)
     kh, p = cache.num_kv_heads, cache.page_size
@@ -91,6 +92,7 @@ def with_scales(paged: Paged, kind: str, *, heads=None, seed=0) -> Paged:
             tokens.append([x * np.broadcast_to(scale, (kh,))[:, None] for x in own])
             continue
         pages = np.full((cache.num_pages, p, kh), np.nan, np.float32)
+        pages[:, 1::2] = np.inf
         each = [(base * rng.uniform(0.1, 2, (len(x), kh))).astype(np.float32) for x in own]
         for i, scale in enumerate(each):
             position = np.arange(len(scale))

@@ -105,6 +105,15 @@ def test_a_case_accepts_one_kind_of_fault_only():
     assert accepting.faults(report) == ["4692 + 4316 bytes spilled"]
 
 
+def test_a_case_leaves_room_for_its_programs():
+    [report] = cr.kernel_reports(PTX, CLEAN, LAUNCHES)
+    report = dataclasses.replace(report, threads=128, registers=128)
+    case = cr.Case("a", lambda: (abs, ()), programs=4)
+    assert case.faults(report) == []
+    fault = "129 registers, of 3 programs instead of 4"  # which are 136 of each thread's
+    assert case.faults(dataclasses.replace(report, registers=129)) == [fault]
+
+
 def test_clean_kernel_has_no_fault():
     [report] = cr.kernel_reports(PTX, CLEAN, LAUNCHES)
     assert report.faults == ()

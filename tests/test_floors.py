@@ -18,6 +18,7 @@ FLOORS = [
     ["dispatch", "operands", "work_list"],
     ["visits"],
     ["plan"],
+    ["decode_plan", "prefill_plan"],
     ["reference", "reference_sampling"],
     ["kernels.triton._online_softmax", "kernels.triton._float16"],
     [

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jaxattn as ja
-from jaxattn.plan import MAX_IN_ONE_PROGRAM, Splits, decode_plan
+from jaxattn.decode_plan import MAX_IN_ONE_PROGRAM, decode_plan
+from jaxattn.plan import Splits
 from jaxattn.spec import AttentionSpec, Visible
 from jaxattn.work_list import KV_BLOCK, MAX_PAIRWISE, Keys, WorkItem
 

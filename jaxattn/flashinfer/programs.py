@@ -12,12 +12,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxattn.attention import ragged_prefill
+from jaxattn.decode_plan import plan_decode
 from jaxattn.flashinfer.arguments import check_scale_of
 from jaxattn.flashinfer.logits import Logits, alibi_slopes
 from jaxattn.flashinfer.masks import CustomMask
 from jaxattn.kv_cache import PagedKVCache, PageTable, get_batch_indices_positions
 from jaxattn.kv_scales import KVScales
-from jaxattn.plan import AttentionPlan, plan_decode, plan_prefill, plan_ragged_prefill
+from jaxattn.plan import AttentionPlan
+from jaxattn.prefill_plan import plan_prefill, plan_ragged_prefill
 
 _STATIC = ("num_qo_heads", "num_kv_heads", "fixed_split_size", "disable_split_kv", "window_left")
 _PREFILL = (*_STATIC, "num_qo_tokens", "causal", "window_right")

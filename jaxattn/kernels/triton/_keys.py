@@ -31,7 +31,8 @@ class KeySource:
     num_pages: int | None  # of the cache; None: keys are contiguous
     block: int  # tokens of a tile
     # Look up one page for a tile that lies in one. Its address alone moves from tile to tile. H200, prefill of
-    # 4 x 4096, page size 64: 1162 -> 1135 us; but tiles of few rows, decode of 32 x 4096: 127.7 -> 132.6.
+    # 4 x 4096, page size 64: 1162 -> 1135 us; but tiles of few rows, decode of 32 x 4096: 127.7 -> 132.6. Keys
+    # of 8 bits always: decode of 64 x 8192 263.7 -> 251.7.
     page_at_once: bool
     dtype: jnp.dtype  # what products are computed in
     scales_per_token: bool
@@ -105,10 +106,12 @@ class Keys:
         k_scale = v_scale = None
         if self.scale_refs is not None and self.source.scales_per_token:
             at = scale_row(rows, strides)
+            # A mask would be carried along from here to their use, in registers that a fourth program needs. A key's
+            # score is masked, whatever its scale; an absent value may have any scale that is finite.
             k_scale, v_scale = (
-                plgpu.load(ref.at[at], mask=exist, other=1.0)
-                for ref in (self.scale_refs.k, self.scale_refs.v)
+                plgpu.load(ref.at[at]) for ref in (self.scale_refs.k, self.scale_refs.v)
             )
+            v_scale = jnp.where(jnp.isfinite(v_scale), v_scale, 1.0)
         dtype, pairs = self.source.dtype, self.source.v_pairs
         parts = (v,) if pairs is None else unpaired(v, pairs, interpret=self.source.interpret)
         return KeyTile(k.astype(dtype), tuple(x.astype(dtype) for x in parts), k_scale, v_scale)
@@ -119,7 +122,14 @@ class Keys:
         It looks their pages up again: an id that is used by more than addresses is not loaded ahead.
         """
         exist = self._between(position, begin, end)
-        return exist if self.indices_ref is None else exist & self._pages(position, end)[2]
+        if self.indices_ref is None:
+            return exist
+        if not self.source.scales_per_token:
+            return exist & self._pages(position, end)[2]
+        # Written as those of the ids that are loaded ahead, these addresses would be computed there and carried along,
+        # in registers that a fourth program needs.
+        page, last = (self.start + self._page_of(x) for x in (self.tokens(position), end - 1))
+        return exist & self._known(plgpu.load(self.indices_ref.at[jnp.minimum(page, last)]))
 
     def _between(self, position, begin, end):
         tokens = self.tokens(position)
@@ -128,12 +138,19 @@ class Keys:
     def _pages(self, position: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of the tokens from `position` on: page ids, slots, and whether the page is one of the cache."""
         page, slot = self._page_and_slot(position)
-        last, _ = divmod_by(end - 1, self.source.page_size)
-        assert self.indices_ref is not None and self.source.num_pages is not None
-        page_id = plgpu.load(self.indices_ref.at[self.start + jnp.minimum(page, last)])
+        assert self.indices_ref is not None
+        entry = jnp.minimum(page, self._page_of(end - 1))
+        page_id = plgpu.load(self.indices_ref.at[self.start + entry])
+        return page_id, slot, self._known(page_id)
+
+    def _page_of(self, position: jax.Array) -> jax.Array:
+        return divmod_by(position, self.source.page_size)[0]
+
+    def _known(self, page_id: jax.Array) -> jax.Array:
+        """Whether a page is one of the cache."""
+        assert self.source.num_pages is not None
         # Unsigned, a negative id is a large one.
-        known = page_id.astype(jnp.uint32) < jnp.uint32(self.source.num_pages)
-        return page_id, slot, known
+        return page_id.astype(jnp.uint32) < jnp.uint32(self.source.num_pages)
 
     def _page_and_slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Which page of its request and which slot of the page, int32 [k], hold the tile's tokens.
@@ -145,8 +162,9 @@ class Keys:
         if self.source.page_at_once and page_size % block == 0:
             page, slot = divmod_by(position, page_size)
             return page, slot + offset
-        if block % page_size == 0:
-            # The tile starts with a page: only the first page's number changes from tile to tile.
+        if block % page_size == 0 and not self.source.scales_per_token:
+            # The tile starts with a page: only the first page's number changes from tile to tile. The rest
+            # stays in registers, for which scales of tokens leave no room.
             page, slot = divmod_by(offset, page_size)
             return divmod_by(position, page_size)[0] + page, slot
         return divmod_by(position + offset, page_size)

@@ -29,11 +29,14 @@ class PageSlots:
     page_size: int
     strides: RowStrides
     scales_per_token: bool
+    saturating: bool  # a conversion to the cache's dtype does it by itself
 
     @classmethod
-    def of(cls, cache: PagedKVCache) -> "PageSlots":
+    def of(cls, cache: PagedKVCache, *, interpret: bool) -> "PageSlots":
         per_token = cache.scales is not None and cache.scales.per_token
-        return cls(cache.num_pages, cache.page_size, cache.row_strides, per_token)
+        # As every GPU does that has the instruction, `cvt.rn.satfinite.e4m3x2.f32`.
+        saturating = cache.dtype == jnp.float8_e4m3fn and not interpret
+        return cls(cache.num_pages, cache.page_size, cache.row_strides, per_token, saturating)
 
     def rows(
         self,
@@ -99,10 +102,10 @@ class Pages:
             last = scale_ref.shape[0] - 1
             given = load(scale_ref, jnp.minimum(head, last), None) if last else scale_ref[0]
             scale = jnp.broadcast_to(given, rows.index.shape)
+        scale = None if scale is None else scale[..., None]
         for columns, x in runs:
-            rows.store(
-                ref, columns, stored(x, None if scale is None else scale[..., None], ref.dtype)
-            )
+            y = stored(x, scale, ref.dtype, saturating=self.slots.saturating)
+            rows.store(ref, columns, y)
 
 
 def rows_of(cache: PagedKVCache) -> list[jax.Array]:

@@ -33,7 +33,13 @@ class Merging:
 
     @classmethod
     def of(
-        cls, plan: AttentionPlan, config: Config, head_dim: int, *, wgmma: bool
+        cls,
+        plan: AttentionPlan,
+        config: Config,
+        head_dim: int,
+        *,
+        wgmma: bool,
+        fp8: bool = False,
     ) -> "Merging | None":
         """None where no tile is ever split."""
         if not plan.num_slots:
@@ -53,6 +59,10 @@ class Merging:
         # Few programs leave registers for twice as many, except in code for an A100, which would spill. Decode of
         # 1 x 8192: 15.2 us; 16.0.
         elements *= 2 if plan.programs_per_sm == 2 and wgmma else 1
+        if fp8 and plan.programs_per_sm > 2:
+            # Four programs of four warps have 128 registers a thread. The loop over keys takes as many; merging twice
+            # as much took 142 at page size 1, and three programs ran: decode of 32 x 4096 92.1 us, and now 72.8.
+            elements //= 2
         rows = min(pow2(most), 16)
         states = min(32, max(1, elements // rows))
         # Two steps cost 1.1 us. 1 x 32768 of 8/1 heads, 256 splits: 13.7 us; teams of 32 15.4, one step 21.4; of 32/4

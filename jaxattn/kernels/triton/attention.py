@@ -330,7 +330,6 @@ def _attention(
         max(d, dv),
         dtype,
         fp8=fp8,
-        token_scales=scales is not None and scales.per_token,
         group=plan.spec.group,
         programs_per_sm=plan.programs_per_sm,
         paged=num_pages is not None,
@@ -338,7 +337,7 @@ def _attention(
         bits=plan.mask is not None,
     )
     pairs = fp8 and dv % 2 == 0 and not (wgmma and config.block_rows >= MID_ROWS)
-    merging = Merging.of(plan, config, dv, wgmma=wgmma)
+    merging = Merging.of(plan, config, dv, wgmma=wgmma, fp8=fp8)
     tall = config.block_rows > MAX_FEW_ROWS
     parts = plan.block_rows // config.block_rows
     columns = plan.num_slots * plan.num_kv_heads * parts
@@ -358,7 +357,7 @@ def _attention(
                     plan.page_size,
                     num_pages,
                     config.block_kv,
-                    tall,
+                    tall or fp8,
                     dtype,
                     scales_per_token=scales is not None and scales.per_token,
                     v_pairs=v_rows.dtype if pairs else None,

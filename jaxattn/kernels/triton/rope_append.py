@@ -128,7 +128,7 @@ def rope_append(
         functools.partial(
             _rope_append_kernel,
             rotary=Rotary(d, cos_sin_cache.shape[1], interleave),
-            slots=PageSlots.of(cache),
+            slots=PageSlots.of(cache, interpret=interpret),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             eps=eps,

@@ -36,7 +36,6 @@ class Shape:
     wgmma: bool
     bits: bool  # with mask bits, an address of which each score has
     fp8: bool  # keys of 8 bits, which become 16 on the way to the tensor cores
-    token_scales: bool  # with a scale for each token and head
 
     @property
     def few(self) -> bool:
@@ -71,16 +70,15 @@ TABLE = (
     Row(lambda s: s.mid and s.head_dim <= 64, ALL, 128, 4, 5, "short rows: more keys a load"),
     Row(lambda s: s.mid and s.paged, ALL, 64, 4, 5, "one stage is that of the page ids"),
     Row(lambda s: s.mid, ALL, 64, 4, 4, "two programs at once"),
-    # Few rows of 8 bits: the loads of 16 bits in half the bytes, so twice as many tiles or keys under way.
-    # Measured for heads of 128, decode and prefill: `benchmarks/results/h100_sweeps_fp8.txt`; the others are guesses.
+    # Few rows of 8 bits: the loads of 16 bits in half the bytes, so twice as many tiles or keys under way. Measured for
+    # heads of 128: `benchmarks/results/h200_sweeps_fp8.txt`, prefill `h100_sweeps_fp8.txt`; the others are guesses.
     Row(lambda s: s.fp8 and s.few and s.programs_per_sm == 2, ALL, 128, 4, 5, "as many bytes"),
     Row(lambda s: s.fp8 and s.few and s.head_dim > 128, ALL, 32, 2, 5, "two tiles of keys at once"),
     Row(
         lambda s: s.fp8 and s.few and s.head_dim <= 64, ALL, 128, 4, 5, "two tiles of keys at once"
     ),
-    Row(lambda s: s.fp8 and s.few and s.token_scales, ALL, 64, 2, 5, "two tiles of keys at once"),
     Row(lambda s: s.fp8 and s.few and s.group == 1, ALL, 64, 2, 5, "two tiles of keys at once"),
-    Row(lambda s: s.fp8 and s.few, ALL, 64, 4, 5, "two programs of four warps"),
+    Row(lambda s: s.fp8 and s.few, ALL, 64, 4, 5, "four programs of 128 registers"),
     # Few rows.
     Row(lambda s: s.few and s.programs_per_sm == 2, ALL, 64, 4, 5, "two tiles of keys at once"),
     Row(lambda s: s.few and s.head_dim > 128, ALL, 32, 2, 4, "as many bytes as 64 keys of 128"),
@@ -126,7 +124,6 @@ def default_config(
     wgmma: bool,
     bits: bool = False,
     fp8: bool = False,
-    token_scales: bool = False,
 ) -> Config:
     """The tile for a shape; a pure function of it."""
     float32 = jnp.dtype(dtype) == jnp.float32
@@ -140,7 +137,6 @@ def default_config(
         wgmma,
         bits,
         fp8,
-        token_scales,
     )
     row = next(row for row in TABLE if row.fits(shape))
     # Page ids are loaded two stages before the keys of a tile of few rows; contiguous keys have none. Measured for
