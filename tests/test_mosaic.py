@@ -429,12 +429,13 @@ def test_every_fp8_number_is_itself_gpu(hopper, kv_dtype, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [1, 16, 128])
-def test_absent_pages_gpu(hopper, page_size):
+@pytest.mark.parametrize(
+    "page_size, dtype", [(1, jnp.bfloat16), (16, jnp.bfloat16), (128, jnp.bfloat16), (16, E4M3)]
+)
+def test_absent_pages_gpu(hopper, page_size, dtype):
     """A page that is not in the cache counts as absent keys: as a shorter request sees the others."""
-    paged = make_paged(
-        [1000, 900, 300], page_size=page_size, num_kv_heads=2, head_dim=128, spare_pages=0
-    )
+    shape = dict(page_size=page_size, num_kv_heads=2, head_dim=128, dtype=dtype)
+    paged = make_paged([1000, 900, 300], **shape, spare_pages=0)
     bad = itertools.cycle([-1, paged.cache.num_pages, 2**31 - 1, -(2**31)])
     indices = np.asarray(paged.table.indices).copy()
     count = -(-1000 // page_size)
