@@ -131,8 +131,11 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
         seen = visible.begin(i32(first))
         span = source.span(item, seen, (i32(0), i32(999)) if paged else None)
         assert int(span.begin) == max(begin, int(seen))
-        plain, low = Phases.of(static, item, span)
+        short, plain, low = Phases.of(static, item, span)
         tiles, origin = int(span.tiles), int(span.origin)
+        # A short last tile holds all keys that are left, and another tile is there, which is masked as well.
+        assert int(short) == (tiles > 1 and end - origin - (tiles - 1) * block <= block // 2)
+        assert int(plain) >= 1 + int(short)
         assert origin <= begin and origin + tiles * block >= end
         assert 1 <= int(plain) <= int(low)
         if not paged:
