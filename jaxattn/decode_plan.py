@@ -32,7 +32,9 @@ from jaxattn.work_list import (
     make_work_list,
 )
 
-MAX_IN_ONE_PROGRAM = 512  # requests, each of which every entry is compared with
+# Requests, each of which every entry is compared with. H200, plan_decode with the kernel: 1 request 5.3 us, 128 8.7. Up
+# to 512 it was not timed; the compiler finds registers for so many.
+MAX_IN_ONE_PROGRAM = 512
 
 
 def plan_decode(

@@ -142,9 +142,8 @@ class _Batch:
     t: int
     s: int
     spec: AttentionSpec
-    given: dict[
-        str, Array
-    ]  # query_seq_lengths and key_value_seq_lengths, int32 [B], where there are any
+    # query_seq_lengths and key_value_seq_lengths, int32 [B], where they were given.
+    given: dict[str, Array]
 
     @property
     def length(self) -> Array:

@@ -23,8 +23,8 @@ KV_BLOCK = 128  # keys; splits that are not fixed are cut at multiples of it, wh
 # 1 x 512: 21.4 us; a block 25.3, two 25.7; 1 x 16 on 4096: 18.5 us, 8 blocks 22.7. Tiles of few rows gain to the last
 # block: decode of 1 x 1024 8.1 us, 2 blocks 9.2, 4 blocks 11.5; 1 x 8192 15.2, 15.3, 16.6; within 3% at more keys.
 MIN_TALL_BLOCKS = 4
-# Of this many tiles, running sums are sums over all pairs: one kernel, where XLA's are two each. H200, plan_decode of
-# 128 requests: 8.3 us, 10.6; 512: 11.7, 13.5; but 1024: 19.0, 14.9.
+# Of this many tiles, running sums are sums over all pairs: one kernel, where XLA's are two each. H200, XLA's plan of a
+# decode step of 128 requests: 8.3 us, 10.6; 512: 11.7, 13.5; but 1024: 19.0, 14.9.
 MAX_PAIRWISE = 512
 
 
@@ -97,7 +97,7 @@ class Keys:
             used &= entry >= first[jnp.maximum(request, 0)]
         most = jnp.int32(2**31 - 1)
         page = jnp.where(self.page_indices < 0, most, self.page_indices)
-        # The lowest is the highest below 0: one sum of XLA's, and so one kernel, for both.
+        # The lowest is the highest of the negated: one reduction, and so one kernel of XLA's, for both.
         ends = jnp.stack([-jnp.where(used, page, most), jnp.where(used, page, 0)]).max(axis=1)
         return ends * jnp.asarray([-1, 1], jnp.int32)
 
