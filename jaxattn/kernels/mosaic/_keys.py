@@ -4,7 +4,7 @@ Keys are read in tiles of `block`, from the last one of a work item to its first
 
     boxes   the bulk copy engine moves boxes of neighbouring tokens: of pages of 8 tokens and more, and of contiguous
             keys. One thread starts a box; slots beyond the array are filled with zeros.
-    rows    the threads of the loading warpgroup move one token's row each: pages of any size, and numbers of 8 bits,
+    rows    the threads of the loading warpgroups move one token's row each: pages of any size, and numbers of 8 bits,
             which they convert.
 
 A token without a page in the cache is absent: it is not read, whatever its table says.
@@ -84,6 +84,11 @@ class KeySource:
     def boxes(self) -> int:
         """Of a tile; what a barrier counts."""
         return self.block // self.box if self.in_boxes else 1
+
+    @property
+    def loaders(self) -> int:
+        """Warpgroups that load: of rows one loads keys, one values."""
+        return 1 if self.in_boxes else 2
 
     def arrays(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """K and V as the kernel's loader wants them: pages [n, p, kh, d] (HND: [n, kh, p, d]), or rows [num_rows, d].

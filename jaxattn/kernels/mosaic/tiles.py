@@ -24,9 +24,8 @@ class Config:
         return self.block_kv // 2 if self.block_kv >= 128 else 0
 
 
-def default_config(head_dim: int, narrow: bool = False) -> Config:
-    """narrow: keys and values are of 8 bits, which two warpgroups load and convert."""
+def default_config(head_dim: int, loaders: int = 1) -> Config:
+    """loaders: warpgroups that load."""
     if head_dim > 128:
-        return Config(64, 2, 1, True, (240, 24))
-    registers = (216, 40) if narrow else (232, 40)
-    return Config(128, 2 if head_dim > 64 else 4, 2, True, registers)
+        return Config(64, 2, 1, True, (232, 24) if loaders > 1 else (240, 24))
+    return Config(128, 2 if head_dim > 64 else 4, 2, True, (216, 40) if loaders > 1 else (232, 40))
