@@ -85,11 +85,6 @@ class KeySource:
         """Of a tile; what a barrier counts."""
         return self.block // self.box if self.in_boxes else 1
 
-    @property
-    def loaders(self) -> int:
-        """Warpgroups that load: of rows one loads keys, one values."""
-        return 1 if self.in_boxes else 2
-
     def arrays(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """K and V as the kernel's loader wants them: pages [n, p, kh, d] (HND: [n, kh, p, d]), or rows [num_rows, d].
 

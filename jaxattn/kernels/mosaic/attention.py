@@ -31,11 +31,9 @@ from jaxattn.kernels.mosaic._converting import staging
 from jaxattn.kernels.mosaic._keys import Keys, KeySource
 from jaxattn.kernels.mosaic._launch import launch
 from jaxattn.kernels.mosaic._loading import (
-    BoxLoader,
-    Loader,
     Queries,
     Stages,
-    row_loader,
+    loaders,
 )
 from jaxattn.kernels.mosaic._online_softmax import (
     KEY,
@@ -112,15 +110,16 @@ def _attention_kernel(
     keys = Stages(k_smem, k_full, k_empty)
     values = Stages(v_smem, v_full, v_empty)
 
+    first, *second = loaders(
+        static.source, static.config.loaders, k_ref, v_ref, keys, values, rings_smem
+    )
+
     @pl.when(warpgroup == COMPUTING)
     def _():
-        refs = q_ref, k_ref, v_ref, indices_ref
-        _load(static, schedule, queries, keys, values, rings_smem, *refs)
+        _load(static, schedule, queries, first, q_ref, indices_ref)
 
-    if not static.source.in_boxes:
-        pl.when(warpgroup == COMPUTING + 1)(
-            lambda: _load_values(static, schedule, values, rings_smem, v_ref, indices_ref)
-        )
+    if second:
+        pl.when(warpgroup == COMPUTING + 1)(lambda: _follow(static, schedule, *second, indices_ref))
 
     @pl.when(warpgroup < COMPUTING)
     def _():
@@ -150,15 +149,10 @@ def _attention_kernel(
         computing.run()
 
 
-def _load(static, schedule, queries, keys, values, rings, q_ref, k_ref, v_ref, indices_ref):
-    """The loading warpgroup: draws the units, and loads what they need; of rows not their values."""
+def _load(static, schedule, queries, loader, q_ref, indices_ref):
+    """The loading warpgroup: draws the units, and loads their queries and what this loader does."""
     source = static.source
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
-    loader: Loader
-    if source.in_boxes:
-        loader = BoxLoader(k_ref, v_ref, keys, values)
-    else:
-        loader = row_loader(k_ref, keys, rings, value=False)
 
     def keys_of(unit):
         return Keys(source, unit.span, indices_ref, unit.head)
@@ -195,10 +189,9 @@ def _load(static, schedule, queries, keys, values, rings, q_ref, k_ref, v_ref, i
     loader.end()
 
 
-def _load_values(static, schedule, values, rings, v_ref, indices_ref):
-    """The warpgroup that loads rows of values, of the units that the other loading one tells."""
+def _follow(static, schedule, loader, indices_ref):
+    """A second loading warpgroup: what this loader loads of the units that the first one tells."""
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
-    loader = row_loader(v_ref, values, rings, value=True)
 
     def keys_of(r):
         unit = schedule.look(r)
@@ -482,7 +475,7 @@ def paged_attention(
     """
     d = q.shape[-1]
     source = KeySource.of_cache(cache, (config or default_config(d)).block_kv)
-    config = config or default_config(d, source.loaders)
+    config = config or default_config(d, rows=not source.in_boxes)
     arrays = source.arrays(cache.arrays[0], cache.arrays[-1])
     how: dict[str, Any] = dict(score=score, name=name, config=config)
     return _attention(q, arrays, source, cache.scales, plan, sinks, **how)
@@ -507,7 +500,7 @@ def contiguous_attention(
     d, narrow = q.shape[-1], k.dtype.name in FP8_DTYPES
     tokens, block = k.shape[0 if kv_layout == "NHD" else 1], (config or default_config(d)).block_kv
     source = KeySource.contiguous(tokens, plan.num_kv_heads, kv_layout, block, narrow)
-    config = config or default_config(d, source.loaders)
+    config = config or default_config(d, rows=not source.in_boxes)
     arrays = source.arrays(k, v)
     how: dict[str, Any] = dict(score=score, name=name, config=config)
     return _attention(q, arrays, source, kv_scales, plan, sinks, **how)
@@ -591,6 +584,6 @@ def _attention(
         dict(counts_ref=counts),
         name=name,
         num_blocks=num_blocks,
-        num_warpgroups=COMPUTING + source.loaders,
+        num_warpgroups=COMPUTING + config.loaders,
     )
     return out["o_ref"].reshape(t, h, d), out["lse_ref"].reshape(t, h)
