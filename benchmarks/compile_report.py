@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -332,11 +333,16 @@ def _paged_kv(
 ):
     """A cache with just the pages that `batch` requests of `kv_len` tokens need, and its table."""
     pages = batch * -(-kv_len // page_size)
-    kv_scales = ja.KVScales.of(1.0, 1.0) if scales == "tensor" else scales
     return jax.eval_shape(
         lambda: (
             ja.PagedKVCache.zeros(
-                pages, page_size, num_kv_heads, d, dtype, head_dim_v=dv, scales=kv_scales
+                pages,
+                page_size,
+                num_kv_heads,
+                d,
+                dtype,
+                head_dim_v=dv,
+                scales=ja.KVScales.of(1.0, 1.0) if scales == "tensor" else scales,
             ),
             ja.PageTable(
                 jnp.zeros(batch + 1, jnp.int32),
@@ -399,9 +405,13 @@ def _prefill(
     backend: str = "triton",
 ):
     tokens = batch * new
+    cache, table = _paged_kv(batch, 4096, page_size, kv_heads, d, kv or dtype, dv, scales)
+    bits = jax.eval_shape(
+        lambda: ja.MaskBits(jnp.zeros(tokens * 512, jnp.uint8), jnp.zeros(batch + 1, jnp.int32))
+    )
 
-    def step(q, cache, table, qo_indptr, operands, mask, spans):
-        plan = ja.plan_prefill(
+    def planned(qo_indptr, table, mask, spans):
+        return ja.plan_prefill(
             qo_indptr,
             table,
             num_qo_tokens=tokens,
@@ -412,38 +422,36 @@ def _prefill(
             mask=mask,
             bidirectional_spans=spans,
         )
+
+    def step(q, cache, plan, operands):
         return ja.paged_prefill(q, cache, plan, logits_soft_cap=cap, backend=backend, **operands)
 
-    cache, table = _paged_kv(batch, 4096, page_size, kv_heads, d, kv or dtype, dv, scales)
-    bits = jax.eval_shape(
-        lambda: ja.MaskBits(jnp.zeros(tokens * 512, jnp.uint8), jnp.zeros(batch + 1, jnp.int32))
-    )
-    return step, (
-        _struct(tokens, heads, d, dtype=dtype),
-        cache,
-        table,
-        _struct(batch + 1),
-        _operands(heads, sinks, alibi),
-        bits if mask else None,
-        _struct(tokens, 2) if spans else None,
-    )
+    see = (bits if mask else None, _struct(tokens, 2) if spans else None)
+    plan = jax.eval_shape(planned, _struct(batch + 1), table, *see)
+    q = _struct(tokens, heads, d, dtype=dtype)
+    return step, (q, cache, plan, _operands(heads, sinks, alibi))
 
 
 def _ragged_prefill(
     heads: int, kv_heads: int, d: int, dtype: Any = jnp.bfloat16, backend: str = "triton"
 ):
-    def step(q, k, v, indptr):
-        plan = ja.plan_ragged_prefill(
-            indptr,
-            indptr,
-            num_qo_tokens=q.shape[0],
-            num_qo_heads=heads,
-            num_kv_heads=kv_heads,
+    tokens = 16384
+
+    def planned(indptr):
+        return ja.plan_ragged_prefill(
+            indptr, indptr, num_qo_tokens=tokens, num_qo_heads=heads, num_kv_heads=kv_heads
         )
+
+    def step(q, k, v, plan):
         return ja.ragged_prefill(q, k, v, plan, backend=backend)
 
-    kv = _struct(16384, kv_heads, d, dtype=dtype)
-    return step, (_struct(16384, heads, d, dtype=dtype), kv, kv, _struct(5))
+    kv = _struct(tokens, kv_heads, d, dtype=dtype)
+    return step, (
+        _struct(tokens, heads, d, dtype=dtype),
+        kv,
+        kv,
+        jax.eval_shape(planned, _struct(5)),
+    )
 
 
 def _dense(
@@ -788,6 +796,36 @@ CASES = (
 )
 
 
+def compile_cases(target: str, cases: Sequence[Case]) -> list[list[KernelReport]]:
+    """The kernels of each case.
+
+    By processes: tracing, and even more what Mosaic does before LLVM, is Python. A Mosaic kernel takes ten times as
+    long as another, so these are begun first.
+    """
+    processes = concurrent.futures.ProcessPoolExecutor(
+        os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
+    )
+    with processes as pool:
+        results = {
+            case.name: pool.submit(_compile_named, target, case.name)
+            for case in sorted(cases, key=lambda case: not case.mosaic)
+        }
+        return [results[case.name].result() for case in cases]
+
+
+def _compile_named(target: str, name: str) -> list[KernelReport]:
+    # The host compiles only; a GPU it may have stays free.
+    jax.config.update("jax_platforms", "cpu")
+    (case,) = (case for case in CASES if case.name == name)
+    try:
+        with jax.sharding.set_mesh(_target_mesh(target)):  # plans ask for the device
+            fn, args = case.build()
+        return compile_for(target, fn, *args, mosaic=case.mosaic)
+    except Exception as error:
+        error.add_note(f"while compiling {name!r} for {target}")
+        raise
+
+
 COLUMNS: dict[str, Callable[[KernelReport], Any]] = {
     "kernel": lambda k: k.name.removeprefix(KERNEL_PREFIX),
     "threads": lambda k: k.threads,
@@ -824,23 +862,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="hot cases only; exit 1 on a fault")
     options = parser.parse_args(argv)
 
-    # The host compiles only; a GPU it may have stays free.
-    jax.config.update("jax_platforms", "cpu")
     named = [c for c in CASES if options.only in c.name and options.target in c.targets]
     cases = [c for c in named if c.hot or not options.check]
     if not cases:
         parser.error(f"no case matches --only {options.only!r}")
 
-    def compile_case(case: Case) -> list[KernelReport]:
-        try:
-            fn, args = case.build()
-            return compile_for(options.target, fn, *args, mosaic=case.mosaic)
-        except Exception as error:
-            error.add_note(f"while compiling {case.name!r} for {options.target}")
-            raise
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(zip(cases, pool.map(compile_case, cases), strict=True))
+    results = list(zip(cases, compile_cases(options.target, cases), strict=True))
     rows = [(case, kernel) for case, kernels in results for kernel in kernels]
 
     print(f"JAX {jax.__version__}, target {options.target}; * marks a hot case")

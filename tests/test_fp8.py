@@ -1,6 +1,7 @@
 """FP8 caches: what is stored, and attention over it against float64 on the numbers that the cache stands for."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -113,17 +114,18 @@ def wild(
     size = 1 / np.maximum(np.repeat(heads[0], group), smallest)[None, :, None]
     q = rng.standard_normal((sum(qo_lens), kh * group, d)) * size
     q = rounded(q.astype(np.float32), dtype)
-    table = paged.table
     options = dict(num_qo_heads=kh * group, num_kv_heads=kh, num_sms=sms)
     how = dict(backend=backend, return_lse=True, out_dtype=out_dtype)
     indptr = np.cumsum([0, *qo_lens])
-    if op == "decode":
-        o, lse = ja.paged_decode(
-            jnp.asarray(q).astype(dtype), paged.cache, ja.plan_decode(table, **options), **how
-        )
-    else:
+
+    @jax.jit
+    def run(q, cache, table):
+        if op == "decode":
+            return ja.paged_decode(q, cache, ja.plan_decode(table, **options), **how)
         plan = ja.plan_prefill(i32(*indptr), table, num_qo_tokens=len(q), **options)
-        o, lse = ja.paged_prefill(jnp.asarray(q).astype(dtype), paged.cache, plan, **how)
+        return ja.paged_prefill(q, cache, plan, **how)
+
+    o, lse = run(jnp.asarray(q).astype(dtype), paged.cache, paged.table)
     parts = [q[a:b] for a, b in zip(indptr, indptr[1:], strict=False)]
     args = dict(sm_scale=d**-0.5, causal=True)
     truth, truth_lse = dense_batch(parts, paged.k, paged.v, dtype=np.float64, **args)
@@ -172,16 +174,19 @@ def far_apart(backend, op="decode"):
     x = np.einsum("hd,nd->n", q[0].astype(np.float64), k[:, 0]) * d**-0.5
     x -= (np.arange(n) / (n - 1) - 0.5) * 12 * np.log(10)
     sink = x.max() + 20
-    plan = ja.plan_decode(paged.table, num_qo_heads=1, num_kv_heads=1, num_sms=4)
+
+    @jax.jit
+    def attend(q, sinks):
+        plan = ja.plan_decode(paged.table, num_qo_heads=1, num_kv_heads=1, num_sms=4)
+        how = dict(score_mod=mod, score_mod_arrays=[bias], backend=backend, out_dtype=f32)
+        return ja.paged_decode(q, cache, plan, sinks=sinks, **how)
+
     for sinks in (None, jnp.asarray([sink], f32)):
         logits = x if sinks is None else np.append(x, sink)
         weights = np.exp(logits - logits.max())
         weights /= weights.sum()
         truth = (weights[:n, None] * v[:, 0]).sum(axis=0)
-        o = ja.paged_decode(
-            jnp.asarray(q).astype(bf16), cache, plan, score_mod=mod, score_mod_arrays=[bias],
-            sinks=sinks, backend=backend, out_dtype=f32,
-        )  # fmt: skip
+        o = attend(jnp.asarray(q).astype(bf16), sinks)
         size = np.abs(weights[:n, None] * v[:, 0]).max()
         np.testing.assert_allclose(np.asarray(o[0, 0]), truth, atol=3e-3 * size)
 
@@ -246,11 +251,15 @@ def extremes(backend):
     size = np.float32([1e-30, 1e30, 0, 1])[None, :, None]
     q = np.random.default_rng(0).standard_normal((2, 4, 64)).astype(np.float32) * size
     q = rounded(q, bf16)
-    plan = ja.plan_decode(paged.table, num_qo_heads=4, num_kv_heads=1, num_sms=4)
+
+    @functools.partial(jax.jit, static_argnames="sm_scale")
+    def attend(q, cache, sm_scale):
+        plan = ja.plan_decode(paged.table, num_qo_heads=4, num_kv_heads=1, num_sms=4)
+        how = dict(sm_scale=sm_scale, backend=backend, out_dtype=f32)
+        return ja.paged_decode(q, cache, plan, **how)
 
     def run(q, cache=paged.cache, sm_scale=1.0):
-        how = dict(sm_scale=sm_scale, backend=backend, out_dtype=f32)
-        return np.asarray(ja.paged_decode(jnp.asarray(q).astype(bf16), cache, plan, **how))
+        return np.asarray(attend(jnp.asarray(q).astype(bf16), cache, sm_scale))
 
     o = run(q)
     # With a scale that makes logits of order 1 of each.

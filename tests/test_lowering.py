@@ -23,8 +23,8 @@ H200 = jax.sharding.AbstractMesh(
 def test_lowers_for_cuda(case):
     if case.mosaic and jax.__version_info__ >= (0, 12):
         pytest.skip(f"JAX {jax.__version__} does not compile it at its speed; 0.11 does")
-    fn, args = case.build()
     with jax.sharding.use_abstract_mesh(H200):
+        fn, args = case.build()
         lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     if case.mosaic:
