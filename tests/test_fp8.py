@@ -293,6 +293,45 @@ def test_extreme_queries_and_nan_gpu():
     extremes(None)
 
 
+def scales_that_are_no_numbers(backend, dtype):
+    """A scale that is NaN or infinite spoils the rows that see its token, and no other."""
+    paged = with_scales(make_paged([50, 30], page_size=16, num_kv_heads=2, dtype=E4M3), "token")
+    d = paged.cache.k.shape[-1]
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, d)), dtype)
+    plan = ja.plan_decode(paged.table, num_qo_heads=4, num_kv_heads=2, window_left=20, num_sms=4)
+    # The second request's last token but one, which is seen, and its second, before the window; of the second head.
+    first, second = (int(paged.table.indices[int(paged.table.indptr[1]) + i]) for i in (0, 1))
+    seen, unseen = (second, 12, 1), (first, 1, 1)
+
+    @jax.jit
+    def run(scales):
+        cache = dataclasses.replace(paged.cache, scales=scales)
+        return ja.paged_decode(q, cache, plan, backend=backend, out_dtype=f32)
+
+    own = paged.cache.scales
+    o = np.asarray(run(own))
+    for name, bad in (("k", np.nan), ("v", np.nan), ("v", np.inf)):
+        at_seen, at_unseen = (
+            np.array(run(dataclasses.replace(own, **{name: getattr(own, name).at[at].set(bad)})))
+            for at in (seen, unseen)
+        )
+        assert same_bits(at_unseen, o)
+        assert not np.isfinite(at_seen[1, 2:]).any()
+        at_seen[1, 2:] = o[1, 2:]
+        assert same_bits(at_seen, o)
+
+
+@pytest.mark.parametrize("backend,dtype", [("interpret", bf16), ("interpret", f32), ("xla", bf16)])
+def test_scales_that_are_no_numbers(backend, dtype):
+    scales_that_are_no_numbers(backend, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [bf16, f32])
+def test_scales_that_are_no_numbers_gpu(dtype):
+    scales_that_are_no_numbers(None, dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_dtype", [E4M3, E5M2])
 def test_every_fp8_number_is_itself_gpu(kv_dtype):

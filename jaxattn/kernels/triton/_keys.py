@@ -106,12 +106,11 @@ class Keys:
         k_scale = v_scale = None
         if self.scale_refs is not None and self.source.scales_per_token:
             at = scale_row(rows, strides)
-            # A mask would be carried along from here to their use, in registers that a fourth program needs. A key's
-            # score is masked, whatever its scale; an absent value may have any scale that is finite.
+            # A mask would be carried along from here to their use, in registers that a fourth program needs. What is
+            # absent may have any scales: its score is masked after they came into it.
             k_scale, v_scale = (
                 plgpu.load(ref.at[at]) for ref in (self.scale_refs.k, self.scale_refs.v)
             )
-            v_scale = jnp.where(jnp.isfinite(v_scale), v_scale, 1.0)
         dtype, pairs = self.source.dtype, self.source.v_pairs
         parts = (v,) if pairs is None else unpaired(v, pairs, interpret=self.source.interpret)
         return KeyTile(k.astype(dtype), tuple(x.astype(dtype) for x in parts), k_scale, v_scale)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from jaxattn.kv_scales import MIN_SCALE
 
@@ -65,6 +66,23 @@ class OnlineSoftmax:
             l = one
         return State(logit * (self.unit / self.scale), l, acc)
 
+    def with_value_scales(
+        self, s: jax.Array, v_scale: jax.Array | None, dtype: DTypeLike
+    ) -> jax.Array:
+        """What `update` takes for scores, from float32 scores s [r, k] without the scale.
+
+        v_scale: float32 [k], as in `update`; dtype: of the values. In 16 bits its logarithm is added, so that the
+        largest weight is as large as without it, whatever the scales; the sum of weights takes it out. Scores are
+        masked afterwards: a token that is not seen may have any scale, NaN included.
+        """
+        if v_scale is None or _exact(dtype):
+            return s
+        log = self._log2(v_scale)[None, :]
+        if not self.interpret:
+            return self._fma(s, jnp.asarray(self._units, jnp.float32).reshape(-1, 1), log)
+        s = s if self.row_scale is None else s * self.row_scale.reshape(-1, 1)
+        return s + log * (1 / (self.scale * LOG2E))
+
     def update(
         self,
         state: State,
@@ -76,30 +94,31 @@ class OnlineSoftmax:
 
         v: the values, or, of n parts, each n-th of their columns.
 
-        v_scale: float32 [k], what the values are to be multiplied by. In 16 bits its logarithm is added to the scores,
-        so that the largest weight is as large as without it, whatever the scales; the sum of weights takes it out.
+        v_scale: float32 [k], what the values are to be multiplied by, after `with_value_scales` took it into s.
         """
-        if self.interpret and self.row_scale is not None:
+        exact = _exact(v[0].dtype)
+        taken_out = None if v_scale is None or exact else self._reciprocal(v_scale)[None, :]
+        weighed = taken_out is not None
+        exponents = weighed and not self.interpret  # s is in `unit`s
+        if self.interpret and self.row_scale is not None and not weighed:
             s = s * self.row_scale.reshape(-1, 1)
-        exact = (
-            v[0].dtype == jnp.float32
-        )  # which holds the product of a weight and a scale as it is
-        if v_scale is not None and not exact:
-            # No append writes less, but others may write 0 for a vector of zeros.
-            v_scale = jnp.maximum(v_scale, MIN_SCALE)
-            s = s + (self._log2(v_scale) * (1 / (self.scale * LOG2E)))[None, :]
-        top = jnp.max(s, axis=1) * self._units
+        top = jnp.max(s, axis=1)
+        if not exponents:
+            top = top * self._units
         m = jnp.maximum(state.m, top - self.headroom * self.binade if self.headroom else top)
         # A row without any key yet has m = -inf, and -inf - -inf is NaN: shift by 0 there instead.
         peak = jnp.where(m == -jnp.inf, 0.0, m)
-        p, alpha = self._weight(s, peak), self._rescale(state.m, peak)
-        weight = p if v_scale is None or exact else p * self._reciprocal(v_scale)[None, :]
-        if self.late_sum:
-            l = state.l * alpha[:, None] + weight
+        p = self._rescale(s, peak[:, None]) if exponents else self._weight(s, peak)
+        alpha = self._rescale(state.m, peak)
+        if not self.late_sum:
+            l = state.l * alpha + jnp.sum(p if taken_out is None else p * taken_out, axis=1)
+        elif taken_out is None:
+            l = state.l * alpha[:, None] + p
         else:
-            l = state.l * alpha + jnp.sum(weight, axis=1)
+            l = self._fma(p, taken_out, state.l * alpha[:, None])
         if v_scale is not None and exact:
-            p = p * v_scale[None, :]
+            # What is not seen may have any scale.
+            p = jnp.where(s == -jnp.inf, 0.0, p * v_scale[None, :])
         p = p.astype(v[0].dtype)
         pv = [self.dot(p, part) for part in v]
         return State(m, l, tuple(a * alpha[:, None] + x for a, x in zip(state.acc, pv)))
@@ -189,8 +208,8 @@ class OnlineSoftmax:
             asm = "{.reg .f32 t; fma.rn.f32 t, $1, $3, $2; ex2.approx.ftz.f32 $0, t;}"
             units = jnp.broadcast_to(self.row_scale.reshape(-1, 1) * self.unit, s.shape)
             return _asm(asm, s, jnp.broadcast_to(-peak[:, None], s.shape), units)
-        (bits,) = struct.unpack("<I", struct.pack("<f", self.unit))
-        asm = f"{{.reg .f32 t; fma.rn.f32 t, $1, 0f{bits:08X}, $2; ex2.approx.ftz.f32 $0, t;}}"
+        unit = _bits(self.unit)
+        asm = f"{{.reg .f32 t; fma.rn.f32 t, $1, {unit}, $2; ex2.approx.ftz.f32 $0, t;}}"
         return _asm(asm, s, jnp.broadcast_to(-peak[:, None], s.shape))
 
     def _rescale(self, m: jax.Array, peak: jax.Array) -> jax.Array:
@@ -199,13 +218,43 @@ class OnlineSoftmax:
             return jnp.exp2((m - peak) * (self.scale * LOG2E))
         return _asm("ex2.approx.ftz.f32 $0, $1;", m - peak)
 
-    def _log2(self, x: jax.Array) -> jax.Array:
-        """log2 of normal float32 x; by one MUFU instruction, whose error is 2^-22."""
-        return jnp.log2(x) if self.interpret else _asm("lg2.approx.ftz.f32 $0, $1;", x)
+    def _log2(self, v_scale: jax.Array) -> jax.Array:
+        """log2 of what is at least `MIN_SCALE`, NaN of NaN; by one MUFU instruction, whose error is 2^-22.
 
-    def _reciprocal(self, x: jax.Array) -> jax.Array:
-        """1 / x of normal float32 x; by one MUFU instruction, which errs by a unit in the last place."""
-        return 1.0 / x if self.interpret else _asm("rcp.approx.ftz.f32 $0, $1;", x)
+        No append writes less, but others may write 0 for a vector of zeros.
+        """
+        if self.interpret:
+            return jnp.log2(jnp.maximum(v_scale, MIN_SCALE))
+        asm = f"{{.reg .f32 t; max.NaN.f32 t, $1, {_bits(MIN_SCALE)}; lg2.approx.ftz.f32 $0, t;}}"
+        return _asm(asm, v_scale)
+
+    def _reciprocal(self, v_scale: jax.Array) -> jax.Array:
+        """1 / what is at least `MIN_SCALE`, finite of NaN: a weight of 0 times it must be 0.
+
+        By one MUFU instruction, which errs by a unit in the last place.
+        """
+        if self.interpret:
+            return 1.0 / jnp.where(v_scale > MIN_SCALE, v_scale, MIN_SCALE)
+        asm = f"{{.reg .f32 t; max.f32 t, $1, {_bits(MIN_SCALE)}; rcp.approx.ftz.f32 $0, t;}}"
+        return _asm(asm, v_scale)
+
+    def _fma(self, a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        """a * b + c of float32, which broadcast against a; as one instruction, which Pallas never makes of the two."""
+        if self.interpret:
+            return a * b + c
+        args = (a, *(jnp.broadcast_to(x, a.shape) for x in (b, c)))
+        return _asm("fma.rn.f32 $0, $1, $2, $3;", *args)
+
+
+def _exact(dtype: DTypeLike) -> bool:
+    """Whether a product of a weight and a scale can be held in a dtype as it is."""
+    return jnp.dtype(dtype) == jnp.float32
+
+
+def _bits(x: float) -> str:
+    """A float32 literal of PTX."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", x))
+    return f"0f{bits:08X}"
 
 
 def _asm(asm: str, *args: jax.Array) -> jax.Array:

@@ -153,13 +153,13 @@ def _attention_kernel(
     arrays = [[per_head(ref)[:, None] for ref in mod.arrays] for mod in score_mods]
 
     # What float16 takes from q, and what a head's keys are scaled by, goes into the exponent; where something comes in
-    # between, or each key has a scale of its own, into the scores.
+    # between, into the scores.
     row_scale, v_scale = keys.row_scales()
     if q.dtype != static.source.dtype:
         q, power = in_float16(q)
         # Not 0, which times the -inf of a masked score is NaN.
         row_scale = power if row_scale is None else jnp.maximum(power * row_scale, SMALLEST)
-    in_exponent = not (static.score.soft_cap or score_mods or static.source.scales_per_token)
+    in_exponent = not (static.score.soft_cap or score_mods)
     if row_scale is not None and in_exponent:
         softmax = dataclasses.replace(softmax, row_scale=row_scale)
 
@@ -183,6 +183,7 @@ def _attention_kernel(
             plain = all_set
         tile = keys.load(position, limits.first_begin, kv_end)
         s = score(softmax.dot(q, tile.k, trans_b=True), tile.k_scale, position)
+        s = softmax.with_value_scales(s, tile.v_scale, tile.v[0].dtype)
         # Most tiles are seen in full by every row.
         plain = plain & limits.all_see(position, block_kv)
         s = jax.lax.cond(plain, lambda s, _: s, masked, s, position)
