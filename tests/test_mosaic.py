@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import assert_lse, make_paged, same_bits
 from test_attention import check_prefill
-from test_fp8 import wild
+from test_fp8 import extremes, long_tail, wild
 from test_variants import check
 from variants import Variant
 
@@ -406,6 +406,12 @@ def test_fp8_and_scales_gpu(hopper, page_size, kv_dtype, dtype, scales, layout, 
 def test_scales_of_any_size_gpu(hopper):
     lens, how = (40, 3000, 0, 170), dict(new=200, out_dtype=jnp.bfloat16, sms=8)
     wild("head", "prefill", "mosaic", jnp.bfloat16, E4M3, lens, **how)
+
+
+@pytest.mark.gpu
+def test_products_in_float16_gpu(hopper):
+    extremes("mosaic", 64)
+    long_tail("mosaic", 256)
 
 
 @pytest.mark.gpu

@@ -26,6 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.device import num_sms
+from jaxattn.kernels._float16 import HEADROOM
+from jaxattn.kernels.mosaic import _queries
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._converting import staging
 from jaxattn.kernels.mosaic._keys import Keys, KeySource
@@ -46,6 +48,7 @@ from jaxattn.kernels.mosaic._online_softmax import (
     State,
     along_keys,
     along_rows,
+    times,
 )
 from jaxattn.kernels.mosaic._rows import Rows
 from jaxattn.kernels.mosaic._splits import Partials
@@ -272,9 +275,16 @@ class Computing:
     def attend(self, rows: Rows, q_tile: Any, n: jax.Array) -> tuple[jax.Array, State]:
         """The unit's tiles, the n-th loaded and so on: (sums float32 [r, d], state)."""
         source, dtype, score = self.static.source, q_tile.dtype, self.static.score
+        factor, headroom = self.scale(self.k_scale_ref, rows), 0
+        if source.narrow:
+            headroom = HEADROOM
+            if dtype != self.o_ref.dtype:
+                power = _queries.in_float16(q_tile, self.o_ref.dtype)
+                factor = power if factor is None else jnp.maximum(power * factor, SMALLEST)
         # A cap comes between the scores' factor and the exponent.
-        k_scale = self.scale(self.k_scale_ref, rows)
-        softmax = OnlineSoftmax(score.exponent_scale, None if score.soft_cap else k_scale)
+        before = factor if score.soft_cap else None
+        after = None if score.soft_cap else factor
+        softmax = OnlineSoftmax(score.exponent_scale, after, headroom)
         tiles = rows.unit.span.tiles
         phases = rows.unit.phases
 
@@ -314,7 +324,7 @@ class Computing:
             plgpu.wgmma(o_acc, p, first_of(self.values, i, p.shape[1]))
 
         def weigh(s, state, i, masked):
-            s = score(s * k_scale if score.soft_cap and k_scale is not None else s)
+            s = score(s if before is None else times(s, before))
             if masked:
                 s = self.mask(s, rows, i)
             return softmax.update(state, s, masked=masked)
@@ -405,7 +415,7 @@ class Computing:
         thread = wg.thread_number()
 
         def store(o, lse):
-            o_tile[...] = o.astype(o_tile.dtype)
+            _queries.put(o_tile, o.astype(self.o_ref.dtype))
             self.row_smem[pl.ds(0, ROWS)] = lse
             wg.sync()
             wg.scatter_rows(o_tile, self.o_ref, rows.q_rows(wg.row_of_thread(ROWS)))
@@ -541,8 +551,11 @@ def _attention(
     if columns or drawn:
         counts = jax.ShapeDtypeStruct((columns + 1,), jnp.int32)
 
+    # Queries come, and outputs leave, as q's bytes.
+    dtype = jnp.float16 if source.narrow else q.dtype
+
     def shared(*shape):
-        return plgpu.SMEM(shape, q.dtype, transforms=wg.TILED)
+        return plgpu.SMEM(shape, dtype, transforms=wg.TILED)
 
     def barriers(count, arrivals):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
