@@ -57,6 +57,7 @@ FLOORS = [
         "kernels.mosaic._splits",
         "kernels.mosaic.serves",
     ],
+    ["kernels.mosaic._token_scales"],
     ["kernels.*"],
     ["activation", "append", "attention", "grouped_matmul", "merge", "norm", "rope", "sampling"],
     ["dense", "model_step", "ragged"],

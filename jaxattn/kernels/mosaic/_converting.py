@@ -51,7 +51,7 @@ def begin(ring: Any, shape: tuple[int, int], src: jax.Ref, index: jax.Array) -> 
 def convert(
     ring: Any, n: jax.Array, dst: Any, src: jax.Ref, index: jax.Array, coming: jax.Array
 ) -> None:
-    """dst float16 [r, d] (shared memory, TILED) = src[index], the n-th tile; begins to copy src[coming], the next one's.
+    """dst float16 [r, d] (shared memory, TILED) = src[index], the n-th tile; begins to copy src[coming], the next.
 
     index, coming: as in `begin`, which has begun this tile, or the call before this one has.
     """

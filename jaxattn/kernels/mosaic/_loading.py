@@ -206,35 +206,42 @@ class ConvertingLoader(Loader):
     stages: Stages
     ring: Any  # of `_converting`, this warpgroup's
     value: bool
+    scales: Any = None  # `TokenScales`, of keys and values, which come with keys
 
-    def begin(self, first: Keys) -> jax.Array:
-        """The rows of the first unit's first tile, which have begun."""
+    def begin(self, first: Keys) -> Any:
+        """The rows of the first unit's first tile, which have begun, and their scales."""
         rows = self._rows(first, 0)
         _converting.begin(self.ring, self.stages.tiles.shape[-2:], self.ref, rows)
-        return rows
+        return rows, self._scales(first, rows)
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: jax.Array) -> jax.Array:
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: Any) -> Any:
         """The rows of the coming unit's first tile, which have begun: as, before, those of this unit's had."""
         tiles = keys.span.tiles
         first = self._rows(coming, 0)
 
         def tile(i, carry):
-            rows, following = carry
+            (rows, scales), following = carry
             later = self._rows(keys, i + 2)  # the latency of their page ids passes
             ends = jnp.broadcast_to(i + 1 == tiles, rows.shape)
             following = jnp.where(ends, first, following)
-            self._put(n + i, rows, following)
-            return following, later
+            coming = following, self._scales(keys, following)
+            self._put(n + i, rows, scales, following)
+            return coming, later
 
         return lax.fori_loop(0, tiles, tile, (begun, self._rows(keys, 1)))[0]
 
-    def _put(self, n: jax.Array, rows: jax.Array, following: jax.Array) -> None:
+    def _put(self, n: jax.Array, rows: jax.Array, scales: Any, following: jax.Array) -> None:
         """The n-th tile, of these rows; those of the tile after it begin."""
         self.stages.wait_empty(n)
         stage = self.stages.stage(n)
         _converting.convert(self.ring, n, self.stages.tiles.at[stage], self.ref, rows, following)
+        if self.scales is not None:
+            self.scales.put(n, rows, scales)
         # Whoever multiplies makes it known to wgmma: to do so here would wait for the copies as well.
         plgpu.barrier_arrive(self.stages.full.at[stage])
+
+    def _scales(self, keys: Keys, rows: jax.Array) -> Any:
+        return None if self.scales is None else self.scales.load(keys.scale_rows(rows))
 
     def _rows(self, keys: Keys, i: Any) -> jax.Array:
         """Of the unit's i-th tile."""

@@ -40,7 +40,7 @@ class Weights(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class OnlineSoftmax:
     scale: float
-    factor: jax.Array | None = None  # float32, positive: a further one of all scores, or [r], of each row's
+    factor: jax.Array | None = None  # float32, positive: a further one of all scores; or [r]
     headroom: int = 0  # weights go up to 2^headroom
 
     @property
@@ -52,16 +52,26 @@ class OnlineSoftmax:
     def init(self) -> State:
         return State(of_rows(-math.inf), of_rows(0.0))
 
-    def update(self, state: State, s: jax.Array, *, masked: bool) -> tuple[State, Weights]:
-        """Takes in scores s [r, k] without the scale, -inf where masked."""
-        unit = self.unit
+    def exponents(self, s: jax.Array, more: jax.Array) -> jax.Array:
+        """Scores s [r, k] as exponents of 2, to which `more` [k] is added."""
+        return times(s, self.unit) + along_rows(more, ROWS)
+
+    def update(
+        self, state: State, s: jax.Array, *, masked: bool, parts: jax.Array | None = None
+    ) -> tuple[State, Weights]:
+        """Takes in scores s [r, k] without the scale, -inf where masked; with parts float32 [k], `exponents`.
+
+        parts: what of each key's weight counts in l.
+        """
+        unit = self.unit if parts is None else 1.0
         top = s.max(axis=1) * unit
         m = jnp.maximum(state.m, top - self.headroom if self.headroom else top)
         # A row without any key yet has m = -inf, and -inf - -inf is NaN: shift by 0 there instead.
         peak = jnp.where(m == -math.inf, 0.0, m) if masked else m
         alpha = jnp.exp2(state.m - peak)
         p = jnp.exp2(times(s, unit) - along_keys(peak, s))
-        return State(m, state.l * alpha + p.sum(axis=1)), Weights(p, alpha)
+        counted = p if parts is None else p * along_rows(parts, ROWS)
+        return State(m, state.l * alpha + counted.sum(axis=1)), Weights(p, alpha)
 
     def finalize(
         self, state: State, o: jax.Array, sink: jax.Array | None, v_scale: jax.Array | None
@@ -91,7 +101,7 @@ def of_rows(x: float) -> jax.Array:
 
 def times(s: jax.Array, factor: float | jax.Array) -> jax.Array:
     """Scores s [r, k] times a factor of all, or [r], of each row's."""
-    return s * (along_keys(factor, s) if jnp.ndim(factor) else factor)
+    return s * (along_keys(factor, s) if isinstance(factor, jax.Array) and factor.ndim else factor)
 
 
 def along_keys(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -52,6 +52,7 @@ from jaxattn.kernels.mosaic._online_softmax import (
 )
 from jaxattn.kernels.mosaic._rows import Rows
 from jaxattn.kernels.mosaic._splits import Partials
+from jaxattn.kernels.mosaic._token_scales import TokenScales
 from jaxattn.kernels.mosaic._units import FIELDS, RING, Schedule, Statics
 from jaxattn.kernels.mosaic.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache
@@ -74,7 +75,7 @@ def _attention_kernel(
     indices_ref,  # int32 [capacity]; None for contiguous keys
     page_range_ref,  # int32 [2], as in the plan; likewise
     sinks_ref,  # float32 [h] or None
-    k_scale_ref,  # float32 [1] or [kh], what keys are multiplied by, or None
+    k_scale_ref,  # float32 [1] or [kh], what keys are multiplied by, or of tokens, as `TokenScales`; or None
     v_scale_ref,  # likewise
     counts_ref,  # int32, zeros: the arrivals of `Partials`, then what `Schedule` counts; None where neither is needed
     o_ref,  # [t * h, d]
@@ -91,11 +92,12 @@ def _attention_kernel(
     v_full,
     v_empty,
     rings_smem,  # of `_converting`, for K and V; None where they are not converted
+    scales_smem,  # of `TokenScales`, or None
+    scales_empty,
     turn,
     row_smem,  # float32 [2, 128]: a number a row, between layouts
-    absent_smem,  # float32 [2, 128]: -inf for the keys of a tile that are not in the cache, 0 for others
-    seen_smem,  # int32 [2, 1]
-    number_smem,  # int32 [1]
+    absent_smem,  # float32 [2, 128]: -inf for the keys of a tile that are not in the cache, 0 for others; or None
+    numbers_smem,  # int32 [1 + 2, 1]: `Schedule`'s number, and `Partials`' of each computing warpgroup
     units_smem,  # int32 [RING, FIELDS]
     told,
     *,
@@ -108,18 +110,22 @@ def _attention_kernel(
         num_items_ref,
         page_range_ref,
         counts_ref,
-        number_smem,
+        numbers_smem.at[0],
         units_smem,
         told,
     )
     queries = Queries(q_smem, q_full, q_empty)
     keys = Stages(k_smem, k_full, k_empty)
     values = Stages(v_smem, v_full, v_empty)
+    scales = None
+    if static.source.scales_per_token:
+        scales = TokenScales(scales_smem, None, scales_empty, k_scale_ref, v_scale_ref)
+        k_scale_ref = v_scale_ref = None
 
     @pl.when(warpgroup == COMPUTING)
     def _():
         refs = q_ref, k_ref, v_ref, indices_ref
-        _load(static, schedule, queries, keys, values, rings_smem, *refs)
+        _load(static, schedule, queries, keys, values, rings_smem, scales, *refs)
 
     if static.source.narrow:
         pl.when(warpgroup == COMPUTING + 1)(
@@ -139,9 +145,10 @@ def _attention_kernel(
             queries,
             keys,
             values,
+            scales,
             turn,
             row_smem.at[warpgroup],
-            seen_smem.at[warpgroup],
+            numbers_smem.at[1 + warpgroup],
             absent,
             indices_ref,
             sinks_ref,
@@ -154,13 +161,13 @@ def _attention_kernel(
         computing.run()
 
 
-def _load(static, schedule, queries, keys, values, rings, q_ref, k_ref, v_ref, indices_ref):
+def _load(static, schedule, queries, keys, values, rings, scales, q_ref, k_ref, v_ref, indices_ref):
     """The loading warpgroup: draws the units, and loads what they need; not their values where those are converted."""
     source = static.source
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
     loader: Loader
     if source.narrow:
-        loader = ConvertingLoader(k_ref, keys, rings.at[0], value=False)
+        loader = ConvertingLoader(k_ref, keys, rings.at[0], False, scales)
     else:
         loader = (BoxLoader if source.in_boxes else RowLoader)(k_ref, v_ref, keys, values)
 
@@ -234,6 +241,7 @@ class Computing:
     queries: Queries
     keys: Stages
     values: Stages
+    scales: TokenScales | None
     turn: Any
     row_smem: Any
     seen_smem: Any
@@ -324,10 +332,19 @@ class Computing:
             plgpu.wgmma(o_acc, p, first_of(self.values, i, p.shape[1]))
 
         def weigh(s, state, i, masked):
+            of = None
+            if self.scales is not None:
+                of = self.scales.columns(n + i, s.shape[1])
+                s = s * along_rows(of.k, ROWS)
             s = score(s if before is None else times(s, before))
+            if of is not None:
+                s = softmax.exponents(s, of.log_v)
             if masked:
                 s = self.mask(s, rows, i)
-            return softmax.update(state, s, masked=masked)
+            taken = softmax.update(state, s, masked=masked, parts=None if of is None else of.per_v)
+            if self.scales is not None:
+                release(self.scales, n + i)
+            return taken
 
         def first(s_acc):
             self.wait_full(self.keys, n)
@@ -395,7 +412,7 @@ class Computing:
         """Scores s [r, k] of the unit's i-th tile from the last, -inf where a row sees no key."""
         source, span = self.static.source, rows.unit.span
         s = rows.mask(s, rows.first_key(i))
-        if not source.paged:
+        if self.absent_smem is None:
             return s
 
         def hide_absent(s):
@@ -482,7 +499,7 @@ def paged_attention(
 
     Args:
       q: [t, h, d], float16 or bfloat16.
-      cache: pages of K and V, of one head_dim, in q's dtype or float8; scales for all or for each KV head.
+      cache: pages of K and V, of one head_dim, in q's dtype or float8.
       plan: of tiles of 128 rows, without mask bits and spans.
       sinks: float32 [h] or None.
       score_mods: none.
@@ -561,6 +578,8 @@ def _attention(
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
     stages, keys, buffers = config.num_stages, config.block_kv, config.num_queries
+    of_tokens = source.scales_per_token
+    may_lack = source.paged and not of_tokens  # scales of tokens say which are not there
     out = launch(
         functools.partial(
             _attention_kernel,
@@ -595,11 +614,12 @@ def _attention(
             v_full=barriers(stages, source.boxes),
             v_empty=barriers(stages, COMPUTING),
             rings_smem=plgpu.SMEM((2, *staging(d)), jnp.int32) if source.narrow else None,
+            scales_smem=plgpu.SMEM((stages, 3, keys), jnp.float32) if of_tokens else None,
+            scales_empty=barriers(stages, COMPUTING) if of_tokens else None,
             turn=barriers(COMPUTING, 1),
             row_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32),
-            absent_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32) if source.paged else None,
-            seen_smem=plgpu.SMEM((COMPUTING, 1), jnp.int32),
-            number_smem=plgpu.SMEM((1,), jnp.int32),
+            absent_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32) if may_lack else None,
+            numbers_smem=plgpu.SMEM((1 + COMPUTING, 1), jnp.int32),
             units_smem=plgpu.SMEM((RING, FIELDS), jnp.int32),
             told=barriers(RING, 1),
         ),
