@@ -99,7 +99,7 @@ def decode_plan(
     most_pages = 0 if keys.page_indices is None else keys.page_indices.size
     most = parts * (batch + most_pages // (splits.fixed_size or 1))
     fill = -(-programs_per_sm * num_sms // spec.num_kv_heads)
-    how = splits.splitting(fill, most, block_rows)
+    how = splits.splitting(fill, most, block_rows, keys.most)
 
     def tiles(keys: Keys) -> Tiles:
         return _decode_tiles(keys, spec, block_rows, batch)

@@ -170,8 +170,10 @@ class _Batch:
             return self._decode(self._rows_of, self.given.values())
         # The last query stands at length - 1, wherever the keys end.
         if not padded:
-            return self._prefill(Keys(None, row * s, self.length, self.end, 1), self.spec)
-        keys = Keys(None, jnp.repeat(row * s, 2), of_runs(self.length), of_runs(self.end), 1)
+            return self._prefill(Keys(None, row * s, self.length, self.end, 1, most=s), self.spec)
+        keys = Keys(
+            None, jnp.repeat(row * s, 2), of_runs(self.length), of_runs(self.end), 1, most=s
+        )
         indptr = run_indptr(jnp.zeros_like(self.length), self.length, self.t)
         return self._prefill(keys, self.spec, indptr)
 
@@ -179,7 +181,7 @@ class _Batch:
         """Contiguous keys, of the lengths given."""
         b = given[0].shape[0] if given else self.b
         _, end = self._bounds(dict(zip(self.given, given)), b)
-        return Keys(None, jnp.arange(b, dtype=jnp.int32) * self.s, end, end, 1)
+        return Keys(None, jnp.arange(b, dtype=jnp.int32) * self.s, end, end, 1, most=self.s)
 
     def plan_key_mask(self, mask: Array) -> AttentionPlan:
         """Under a mask of keys, bool [B or 1, S]: a query sees a run of those that are left."""
@@ -240,7 +242,7 @@ def _seen_keys(seen: Array) -> tuple[Keys, Array]:
     at = row[:, None], jnp.where(seen, before[:, :-1], s + slot)
     pages = pages.at[at].set(first[:, None] + slot, mode="drop", unique_indices=True)
     count = before[:, -1]
-    return Keys(pages.reshape(-1), first, count, count, 1, b * s), before
+    return Keys(pages.reshape(-1), first, count, count, 1, b * s, most=s), before
 
 
 def _refuse(bias: Any, implementation: Any) -> None:

@@ -17,7 +17,7 @@ from jaxattn.checks import check_positive
 from jaxattn.kv_cache import PageTable
 from jaxattn.spec import AttentionSpec
 from jaxattn.visits import PlannedMask
-from jaxattn.work_list import KV_BLOCK, Splitting
+from jaxattn.work_list import KV_BLOCK, Splitting, may_split
 
 # Of a tile; 16 is the least that mma.sync takes, 64 the least that wgmma does.
 MIN_ROWS, MID_ROWS, MAX_ROWS = 16, 64, 128
@@ -113,13 +113,25 @@ class Splits:
         return self.fixed_size is None and not self.disabled
 
     def splitting(
-        self, fill: int, most: int, block_rows: int, in_blocks: bool = False
+        self,
+        fill: int,
+        most: int,
+        block_rows: int,
+        most_keys: int | None,
+        in_blocks: bool = False,
     ) -> Splitting:
-        """With in_blocks, splits are of whole blocks: those that mask bits make a tile visit."""
-        size = 0 if self.disabled else self.fixed_size and self.fixed_size * self.page_size
+        """How tiles of at most most_keys are cut; in_blocks: in whole blocks, those that mask bits make them visit.
+
+        Where there is nothing to cut, kernels need no memory for splits, and none that holds zeros at first.
+        """
+        tall = block_rows > MAX_FEW_ROWS
+        whole = self.disabled or (
+            self.adaptive and most_keys is not None and not may_split(most_keys, tall)
+        )
+        size = 0 if whole else self.fixed_size and self.fixed_size * self.page_size
         if size and in_blocks:
             size = -(-size // KV_BLOCK) * KV_BLOCK
-        return Splitting(fill, size, most, tall=block_rows > MAX_FEW_ROWS)
+        return Splitting(fill, size, most, tall)
 
 
 def checked_table(page_table: PageTable, page_size: int | None) -> tuple[PageTable, int]:

@@ -190,9 +190,9 @@ def prefill_plan(
     most_pages = 0 if keys.page_indices is None else keys.page_indices.size
     most_splits = request.size * -(-most_pages // (splits.fixed_size or 1))
     fill = -(-programs_per_sm * num_sms // spec.num_kv_heads)
-    work = make_work_list(
-        tiles, splits.splitting(fill, most_splits, block_rows, in_blocks=visits is not None)
-    )
+    in_blocks = visits is not None
+    how = splits.splitting(fill, most_splits, block_rows, keys.most, in_blocks)
+    work = make_work_list(tiles, how)
     return AttentionPlan(
         qo_indptr=qo_indptr,
         page_indices=keys.page_indices,

@@ -11,7 +11,7 @@ from shapes alone, so the contents of the index arrays are free: other lengths n
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -68,6 +68,7 @@ class Keys:
     kv_end: Array
     page_size: int
     num_entries: Array | int = 0  # of page_indices that a request owns
+    most: int | None = None  # keys that a request may have, where shapes bound them
 
     @classmethod
     def of(cls, table: PageTable, page_size: int) -> "Keys":
@@ -75,7 +76,8 @@ class Keys:
         (start, num_pages), kv_len = table.rows(), table.kv_len(page_size)
         kv_end = jnp.minimum(kv_len, num_pages * page_size)
         end = jnp.clip(table.indptr[-1], 0, table.indices.size)
-        return cls(table.indices, start, kv_len, kv_end, page_size, end)
+        most = table.indices.size * page_size
+        return cls(table.indices, start, kv_len, kv_end, page_size, end, most)
 
     def as_function(self) -> tuple[Callable[..., "Keys"], tuple[Array, ...]]:
         """(function, lengths): function(*lengths) are these keys; other lengths have theirs."""
@@ -186,7 +188,7 @@ def list_items(
     """The items with these numbers: (their fields [entries], their tiles [entries], how many items are used [1])."""
     keys = jnp.maximum(tiles.kv_end - tiles.kv_begin, 0)
     if how.split_size is None:
-        splits, piece = _fair_splits(keys, how.fill, MIN_TALL_BLOCKS if how.tall else 1)
+        splits, piece = _fair_splits(keys, how.fill, _least_share(how.tall))
     elif how.split_size:
         splits = jnp.maximum(-(-keys // how.split_size), 1)
         piece = jnp.full_like(splits, how.split_size)
@@ -222,9 +224,22 @@ def list_items(
     return item, listed.owner, listed.total
 
 
+def may_split(most_keys: int, tall: bool) -> bool:
+    """Whether a tile of so many keys at most ever has more than one fair split, however many items fill the GPU."""
+    return 2 * _blocks(most_keys) >= 3 * _least_share(tall)
+
+
+def _least_share(tall: bool) -> int:
+    return MIN_TALL_BLOCKS if tall else 1
+
+
+def _blocks(keys: Any) -> Any:
+    return -(-keys // KV_BLOCK)
+
+
 def _fair_splits(keys: Array, fill: int, min_blocks: int) -> tuple[Array, Array]:
     """The splits of each tile, and the keys of a split, where `fill` items share the keys fairly."""
-    blocks = -(-keys // KV_BLOCK)
+    blocks = _blocks(keys)
     # The sum over fill, rounded up, by quotients and remainders: the sum itself may exceed an int32.
     rest = (blocks % fill).sum(dtype=jnp.int32)
     share = (blocks // fill).sum(dtype=jnp.int32) - (-rest // fill)

@@ -9,7 +9,7 @@ import pytest
 
 import jaxattn as ja
 from jaxattn.decode_plan import MAX_IN_ONE_PROGRAM, decode_plan
-from jaxattn.plan import Splits
+from jaxattn.plan import MAX_FEW_ROWS, Splits
 from jaxattn.spec import AttentionSpec, Visible
 from jaxattn.work_list import KV_BLOCK, MAX_PAIRWISE, Keys, WorkItem
 
@@ -95,7 +95,8 @@ def test_decode_plan_fills_the_gpu(lengths):
     few = len(lengths) * kv_heads <= NUM_SMS
     assert plan.programs_per_sm == (2 if few else 4)
     fill = plan.programs_per_sm * NUM_SMS / kv_heads
-    assert plan.items.shape[0] >= len(lengths) + fill
+    # Splits of one block need two.
+    assert plan.items.shape[0] >= len(lengths) + fill * (plan.page_indices.size > KV_BLOCK)
     share = max(sum(-(-n // KV_BLOCK) for n in lengths) / fill, 1) + 1
     longest = max(item.kv_end - item.kv_begin for item in items_of(plan))
     assert longest <= (1.5 * share + 1) * KV_BLOCK
@@ -109,6 +110,22 @@ def test_slots_are_as_many_as_can_be_needed():
     check_coverage(plan, np.full(8, 3 * KV_BLOCK))
     assert all(item.num_splits == 2 for item in items_of(plan) if item.row_end > item.row_begin)
     assert plan.num_slots == 16
+
+
+@pytest.mark.parametrize("tall,blocks", [(False, 1), (True, 5)])
+def test_what_is_never_split_has_no_slots(tall, blocks):
+    """Where a table has no room for a tile that would be split; one key more, and one is."""
+    how = dict(page_size=1, num_qo_heads=4, num_kv_heads=1, num_sms=NUM_SMS)
+    for keys, splits in ((blocks * KV_BLOCK, 1), (blocks * KV_BLOCK + 1, 2)):
+        table = table_of([keys], 1)
+        if tall:
+            q = dict(qo_indptr=jnp.asarray([0, 128], jnp.int32), num_qo_tokens=128)
+            plan = plan_prefill(page_table=table, causal=False, **q, **how)
+        else:
+            plan = plan_decode(table, **how)
+        assert (plan.block_rows > MAX_FEW_ROWS) == tall
+        assert max(item.num_splits for item in items_of(plan)) == splits
+        assert bool(plan.num_slots) == (splits > 1)
 
 
 def one_kernels_plan_is_xlas(kernel, lengths, group, window_left, splits):

@@ -4,7 +4,7 @@ Keys are read in tiles of `block`, from the last one of a work item to its first
 
     boxes   the bulk copy engine moves boxes of neighbouring tokens: of pages of 8 tokens and more, and of contiguous
             keys. One thread starts a box; slots beyond the array are filled with zeros.
-    rows    the threads of the loading warpgroup move one token's row each: pages of any size, and numbers of 8 bits,
+    rows    the threads of the loading warpgroups move one token's row each: pages of any size, and numbers of 8 bits,
             which they convert.
 
 A token without a page in the cache is absent: it is not read, whatever its table says.

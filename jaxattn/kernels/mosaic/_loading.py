@@ -5,7 +5,8 @@ item's last to its first, and on to the next item's. Queries have stages of thei
 
 Units are short, a few tiles each, and the computing warpgroups must not wait at the beginning of one.
 
-Keys and values of 8 bits take longer: they must be converted, by threads. So values have a further warpgroup.
+Where the threads themselves copy, row by row, values have a further warpgroup, so that neither waits for the other's
+stages; but not at head_dim 256, where a fourth warpgroup would leave too few registers to compile with.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.kernels.mosaic import _converting, _private
 from jaxattn.kernels.mosaic import _warpgroup as wg
-from jaxattn.kernels.mosaic._keys import Keys
+from jaxattn.kernels.mosaic._keys import Keys, KeySource
 
 WARPS = 4
 
@@ -83,10 +84,13 @@ class Loader:
         """
         raise NotImplementedError
 
+    def end(self) -> None:
+        """Waits for what no unit needed: copies that nobody waits for would reach the memory of the next block."""
+
 
 @dataclasses.dataclass(frozen=True)
-class PairLoader(Loader):
-    """Of keys and values, keys ahead of values.
+class BoxLoader(Loader):
+    """Of keys and values, by the copy engine: two warps start K's boxes, two V's.
 
     A unit's first keys come with the unit before it: the tensor cores wait for them, and not for its values.
     """
@@ -95,10 +99,6 @@ class PairLoader(Loader):
     v_ref: Any
     k: Stages
     v: Stages
-
-
-class BoxLoader(PairLoader):
-    """By the copy engine: two warps start K's boxes, two V's."""
 
     def begin(self, first: Keys) -> None:
         boxes = first.source.boxes
@@ -160,81 +160,120 @@ class BoxLoader(PairLoader):
         lax.fori_loop(first, end, tile, keys.pages(tiles - 1 - first, numbers))
 
 
-class RowLoader(PairLoader):
-    """By the threads, each token's row by itself; keys are a tile ahead."""
+@dataclasses.dataclass(frozen=True)
+class RowLoader(Loader):
+    """Of keys or of values, by the threads, each token's row by itself; a unit's first tile with the unit before it."""
+
+    ref: Any
+    stages: Stages
+    shift: int  # rows from a key to what is loaded of its token
+
+    def begin(self, first: Keys) -> jax.Array:
+        """The rows of the first unit's second tile."""
+        self.put_first(first, jnp.int32(0), self.rows(first, 0))
+        return self.rows(first, 1)
+
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: jax.Array) -> jax.Array:
+        """The rows of the coming unit's second tile, whose first one is under way, as were this unit's."""
+        tiles = keys.span.tiles
+        first = self.rows(coming, 0)  # the latency of its page ids passes
+
+        def tile(i, rows):
+            following = self.rows(keys, i + 1)
+            self.put(n + i, rows)
+            return following
+
+        lax.fori_loop(1, tiles, tile, begun)
+        second = self.rows(coming, 1)
+        self.put_first(coming, n + tiles, first)
+        return second
+
+    def rows(self, keys: Keys, i: Any) -> jax.Array:
+        """The keys' of the unit's i-th tile, -1 where there are none."""
+        return keys.rows(jnp.maximum(keys.span.tiles - 1 - i, 0))
+
+    def own(self, rows: jax.Array) -> jax.Array:
+        """Where what is loaded of these keys' tokens lies."""
+        return jnp.where(rows < 0, -1, rows + self.shift) if self.shift else rows
+
+    def put_first(self, keys: Keys, n: jax.Array, rows: jax.Array) -> None:
+        # Copies that nobody waits for would reach the memory of the block after this one.
+        pl.when(keys.span.tiles > 0)(lambda: self.put(n, rows))
+
+    def put(self, n: jax.Array, rows: jax.Array) -> None:
+        """Begins to load the n-th tile, when there is room."""
+        self.stages.wait_empty(n)
+        stage = self.stages.stage(n)
+        wg.gather_rows(self.ref, self.stages.tiles.at[stage], self.own(rows))
+        _private.arrive_after_copies(self.stages.full.at[stage])
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPairLoader(Loader):
+    """Of keys and values by one warpgroup, keys a tile ahead."""
+
+    k: RowLoader
+    v: RowLoader
 
     def begin(self, first: Keys) -> None:
-        rows = self._rows(first, 0)
-        # Copies that nobody waits for would reach the memory of the block after this one.
-        pl.when(first.span.tiles > 0)(lambda: self._put(self.k_ref, self.k, jnp.int32(0), rows))
+        self.k.put_first(first, jnp.int32(0), self.k.rows(first, 0))
 
     def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: None) -> None:
         tiles = keys.span.tiles
 
         def tile(i, carry):
             before, rows = carry
-            following = self._rows(keys, i + 1)
-            self._put(self.k_ref, self.k, n + i, rows)
-            self._put_value(keys, n + i - 1, before)
+            following = self.k.rows(keys, i + 1)
+            self.k.put(n + i, rows)
+            self.v.put(n + i - 1, before)
             return rows, following
 
-        rows = self._rows(keys, 0), self._rows(keys, 1)
-        first = self._rows(coming, 0)  # with theirs, the latency of its page ids passes
+        rows = self.k.rows(keys, 0), self.k.rows(keys, 1)
+        first = self.k.rows(coming, 0)
         last, _ = lax.fori_loop(1, tiles, tile, rows)
-        pl.when(coming.span.tiles > 0)(lambda: self._put(self.k_ref, self.k, n + tiles, first))
-        self._put_value(keys, n + tiles - 1, last)
-
-    def _rows(self, keys: Keys, i: Any) -> jax.Array:
-        return keys.rows(jnp.maximum(keys.span.tiles - 1 - i, 0))
-
-    def _put(self, ref: Any, stages: Stages, n: jax.Array, rows: jax.Array) -> None:
-        stages.wait_empty(n)
-        stage = stages.stage(n)
-        wg.gather_rows(ref, stages.tiles.at[stage], rows)
-        _private.arrive_after_copies(stages.full.at[stage])
-
-    def _put_value(self, keys: Keys, n: jax.Array, rows: jax.Array) -> None:
-        value = keys.source.strides.value
-        self._put(self.v_ref, self.v, n, jnp.where(rows < 0, -1, rows + value) if value else rows)
+        self.k.put_first(coming, n + tiles, first)
+        self.v.put(n + tiles - 1, last)
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertingLoader(Loader):
-    """Of keys or of values, whose 8 bits become 16 on the way: while a tile is converted, its next one's bytes come."""
+class ConvertingLoader(RowLoader):
+    """As `RowLoader`, of 8 bits, which become 16 on the way: while a tile is converted, its next one's bytes come."""
 
-    ref: Any
-    stages: Stages
     ring: Any  # of `_converting`, this warpgroup's
-    value: bool
     scales: Any = None  # `TokenScales`, of keys and values, which come with keys
 
     def begin(self, first: Keys) -> Any:
-        """The rows of the first unit's first tile, which have begun, and their scales."""
-        rows = self._rows(first, 0)
-        _converting.begin(self.ring, self.stages.tiles.shape[-2:], self.ref, rows)
+        """The keys' rows of the first unit's first tile, which have begun, and their scales."""
+        rows = self.rows(first, 0)
+        _converting.begin(self.ring, self.stages.tiles.shape[-2:], self.ref, self.own(rows))
         return rows, self._scales(first, rows)
 
     def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: Any) -> Any:
         """The rows of the coming unit's first tile, which have begun: as, before, those of this unit's had."""
         tiles = keys.span.tiles
-        first = self._rows(coming, 0)
+        first = self.rows(coming, 0)
 
         def tile(i, carry):
             (rows, scales), following = carry
-            later = self._rows(keys, i + 2)  # the latency of their page ids passes
+            later = self.rows(keys, i + 2)  # the latency of their page ids passes
             ends = jnp.broadcast_to(i + 1 == tiles, rows.shape)
             following = jnp.where(ends, first, following)
             coming = following, self._scales(keys, following)
-            self._put(n + i, rows, scales, following)
+            self._convert(n + i, rows, scales, following)
             return coming, later
 
-        return lax.fori_loop(0, tiles, tile, (begun, self._rows(keys, 1)))[0]
+        return lax.fori_loop(0, tiles, tile, (begun, self.rows(keys, 1)))[0]
 
-    def _put(self, n: jax.Array, rows: jax.Array, scales: Any, following: jax.Array) -> None:
-        """The n-th tile, of these rows; those of the tile after it begin."""
+    def end(self) -> None:
+        wg.wait_copies()
+
+    def _convert(self, n: jax.Array, rows: jax.Array, scales: Any, following: jax.Array) -> None:
+        """The n-th tile, of these keys; those of the tile after it begin."""
         self.stages.wait_empty(n)
         stage = self.stages.stage(n)
-        _converting.convert(self.ring, n, self.stages.tiles.at[stage], self.ref, rows, following)
+        coming = self.own(following)
+        tile = self.stages.tiles.at[stage]
+        _converting.convert(self.ring, n, tile, self.ref, self.own(rows), coming)
         if self.scales is not None:
             self.scales.put(n, rows, scales)
         # Whoever multiplies makes it known to wgmma: to do so here would wait for the copies as well.
@@ -243,8 +282,28 @@ class ConvertingLoader(Loader):
     def _scales(self, keys: Keys, rows: jax.Array) -> Any:
         return None if self.scales is None else self.scales.load(keys.scale_rows(rows))
 
-    def _rows(self, keys: Keys, i: Any) -> jax.Array:
-        """Of the unit's i-th tile."""
-        rows = keys.rows(jnp.maximum(keys.span.tiles - 1 - i, 0))
-        value = keys.source.strides.value if self.value else 0
-        return jnp.where(rows < 0, -1, rows + value) if value else rows
+
+def loaders(
+    source: KeySource,
+    count: int,
+    k_ref: Any,
+    v_ref: Any,
+    k: Stages,
+    v: Stages,
+    rings: Any,
+    scales: Any,
+) -> tuple[Loader, ...]:
+    """For each of so many loading warpgroups, as `Config.loaders` says.
+
+    rings: of `_converting`, for K and for V; scales: `TokenScales`, or None.
+    """
+    if source.in_boxes:
+        return (BoxLoader(k_ref, v_ref, k, v),)
+    shift = source.strides.value
+    if source.narrow:
+        return (
+            ConvertingLoader(k_ref, k, 0, rings.at[0], scales),
+            ConvertingLoader(v_ref, v, shift, rings.at[1]),
+        )
+    pair = RowLoader(k_ref, k, 0), RowLoader(v_ref, v, shift)
+    return pair if count == 2 else (RowPairLoader(*pair),)

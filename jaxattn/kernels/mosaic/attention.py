@@ -4,7 +4,7 @@
 
 over the keys j that query i sees. Two warpgroups of a block compute, 64 packed rows (query token x query head
 of one KV group) of one work item's tile each; the third loads its queries and keys (`_loading`), ahead of them also
-from one item to the next; where they are of 8 bits it converts keys, and a fourth warpgroup values. While the tensor
+from one item to the next; where they come row by row, a fourth one loads values. While the tensor
 cores multiply one warpgroup's scores and values, the other warpgroup takes its softmax: they take turns. Within a
 warpgroup the products Q K_i^T and P_{i-1} V_{i-1} are under way together (FlashAttention-3, Shah et al. 2024,
 algorithm 2).
@@ -33,12 +33,9 @@ from jaxattn.kernels.mosaic._converting import staging
 from jaxattn.kernels.mosaic._keys import Keys, KeySource
 from jaxattn.kernels.mosaic._launch import launch
 from jaxattn.kernels.mosaic._loading import (
-    BoxLoader,
-    ConvertingLoader,
-    Loader,
     Queries,
-    RowLoader,
     Stages,
+    loaders,
 )
 from jaxattn.kernels.mosaic._online_softmax import (
     KEY,
@@ -122,15 +119,16 @@ def _attention_kernel(
         scales = TokenScales(scales_smem, None, scales_empty, k_scale_ref, v_scale_ref)
         k_scale_ref = v_scale_ref = None
 
+    first, *second = loaders(
+        static.source, static.config.loaders, k_ref, v_ref, keys, values, rings_smem, scales
+    )
+
     @pl.when(warpgroup == COMPUTING)
     def _():
-        refs = q_ref, k_ref, v_ref, indices_ref
-        _load(static, schedule, queries, keys, values, rings_smem, scales, *refs)
+        _load(static, schedule, queries, first, q_ref, indices_ref)
 
-    if static.source.narrow:
-        pl.when(warpgroup == COMPUTING + 1)(
-            lambda: _load_values(static, schedule, values, rings_smem, v_ref, indices_ref)
-        )
+    if second:
+        pl.when(warpgroup == COMPUTING + 1)(lambda: _follow(static, schedule, *second, indices_ref))
 
     @pl.when(warpgroup < COMPUTING)
     def _():
@@ -161,15 +159,10 @@ def _attention_kernel(
         computing.run()
 
 
-def _load(static, schedule, queries, keys, values, rings, scales, q_ref, k_ref, v_ref, indices_ref):
-    """The loading warpgroup: draws the units, and loads what they need; not their values where those are converted."""
+def _load(static, schedule, queries, loader, q_ref, indices_ref):
+    """The loading warpgroup: draws the units, and loads their queries and what this loader does."""
     source = static.source
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
-    loader: Loader
-    if source.narrow:
-        loader = ConvertingLoader(k_ref, keys, rings.at[0], False, scales)
-    else:
-        loader = (BoxLoader if source.in_boxes else RowLoader)(k_ref, v_ref, keys, values)
 
     def keys_of(unit):
         return Keys(source, unit.span, indices_ref, unit.head)
@@ -203,15 +196,12 @@ def _load(static, schedule, queries, keys, values, rings, scales, q_ref, k_ref, 
     schedule.tell(one, schedule.unit(schedule.end_draw()))
     exists = schedule.look(zero).exists
     lax.while_loop(lambda state: state[3], a_unit, (zero, zero, begun, exists))
-    if source.narrow:
-        # Copies that nobody waits for would reach the memory of the block after this one.
-        wg.wait_copies()
+    loader.end()
 
 
-def _load_values(static, schedule, values, rings, v_ref, indices_ref):
-    """The warpgroup that converts values, of the units that the loading one tells."""
+def _follow(static, schedule, loader, indices_ref):
+    """A second loading warpgroup: what this loader loads of the units that the first one tells."""
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
-    loader = ConvertingLoader(v_ref, values, rings.at[1], value=True)
 
     def keys_of(r):
         unit = schedule.look(r)
@@ -228,7 +218,7 @@ def _load_values(static, schedule, values, rings, v_ref, indices_ref):
     lax.while_loop(
         lambda state: state[3], a_unit, (zero, zero, loader.begin(keys_of(zero)), exists)
     )
-    wg.wait_copies()
+    loader.end()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,8 +500,9 @@ def paged_attention(
     Returns:
       (o [t, h, d], lse float32 [t, h]).
     """
-    config = config or default_config(q.shape[-1], cache.is_fp8)
-    source = KeySource.of_cache(cache, config.block_kv)
+    d = q.shape[-1]
+    source = KeySource.of_cache(cache, (config or default_config(d)).block_kv)
+    config = config or default_config(d, rows=not source.in_boxes)
     arrays = source.arrays(cache.arrays[0], cache.arrays[-1])
     how: dict[str, Any] = dict(score=score, name=name, config=config)
     return _attention(q, arrays, source, cache.scales, plan, sinks, **how)
@@ -533,10 +524,10 @@ def contiguous_attention(
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over contiguous k, v [tokens, kh, d] ("NHD") or [kh, tokens, d] ("HND"), as `paged_attention`."""
-    narrow = k.dtype.name in FP8_DTYPES
-    config = config or default_config(q.shape[-1], narrow)
-    tokens = k.shape[0 if kv_layout == "NHD" else 1]
-    source = KeySource.contiguous(tokens, plan.num_kv_heads, kv_layout, config.block_kv, narrow)
+    d, narrow = q.shape[-1], k.dtype.name in FP8_DTYPES
+    tokens, block = k.shape[0 if kv_layout == "NHD" else 1], (config or default_config(d)).block_kv
+    source = KeySource.contiguous(tokens, plan.num_kv_heads, kv_layout, block, narrow)
+    config = config or default_config(d, rows=not source.in_boxes)
     arrays = source.arrays(k, v)
     how: dict[str, Any] = dict(score=score, name=name, config=config)
     return _attention(q, arrays, source, kv_scales, plan, sinks, **how)
@@ -626,6 +617,6 @@ def _attention(
         dict(counts_ref=counts),
         name=name,
         num_blocks=num_blocks,
-        num_warpgroups=COMPUTING + (2 if source.narrow else 1),
+        num_warpgroups=COMPUTING + config.loaders,
     )
     return out["o_ref"].reshape(t, h, d), out["lse_ref"].reshape(t, h)

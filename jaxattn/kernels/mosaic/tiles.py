@@ -3,8 +3,9 @@
 Taking turns and the way blocks share the work were measured (`benchmarks/results/h100_sweeps_mosaic.txt`). The rest is
 what fits, not measured against others: shared memory holds, with the queries of two units (at 256 of one), four stages
 of 128 keys at head_dim 64, two at 128, two of 64 keys at 256; and the three warpgroups' registers add up to at most 504
-a thread of each. Over keys of 8 bits four warpgroups have 512; 208 and 216 for a computing one are level, 200 is slower
-(`h200_sweeps_mosaic.txt`), and with 216 no loop of products spills.
+a thread of each. Of rows, a warpgroup for keys and one for values: four have 512. Over keys of 8 bits 208 and 216 for a
+computing one are level, 200 is slower (`h200_sweeps_mosaic.txt`), and with 216 no loop of products spills. Products of
+head_dim 256 do not compile for four, of which a thread has 128 registers at first.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ class Config:
     num_queries: int  # units whose queries are there at once
     turns: bool  # the two computing warpgroups take turns at the tensor cores
     registers: tuple[int, int]  # a thread of a computing warpgroup has, and of a loading one
+    loaders: int  # warpgroups that load
 
     @property
     def short_kv(self) -> int:
@@ -24,9 +26,9 @@ class Config:
         return self.block_kv // 2 if self.block_kv >= 128 else 0
 
 
-def default_config(head_dim: int, narrow: bool = False) -> Config:
-    """narrow: keys and values are of 8 bits, which two warpgroups load and convert."""
+def default_config(head_dim: int, rows: bool = False) -> Config:
+    """rows: keys and values come row by row, by the threads."""
     if head_dim > 128:
-        return Config(64, 2, 1, True, (240, 24))
-    registers = (216, 40) if narrow else (232, 40)
-    return Config(128, 2 if head_dim > 64 else 4, 2, True, registers)
+        return Config(64, 2, 1, True, (240, 24), 1)
+    registers, loaders = ((216, 40), 2) if rows else ((232, 40), 1)
+    return Config(128, 2 if head_dim > 64 else 4, 2, True, registers, loaders)
