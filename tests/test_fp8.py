@@ -1,6 +1,7 @@
 """FP8 caches: what is stored, and attention over it against float64 on the numbers that the cache stands for."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -201,14 +202,13 @@ def many(tokens, table, backend, **how):
     requests = table.indptr.size - 1
     if tokens == 1:
         plan = ja.plan_decode(table, **how)
-        return lambda q, cache, **how: np.asarray(
-            ja.paged_decode(q, cache, plan, backend=backend, out_dtype=f32, **how)
-        )
-    indptr = i32(*(tokens * np.arange(requests + 1)))
-    plan = ja.plan_prefill(indptr, table, num_qo_tokens=tokens * requests, causal=False, **how)
-    return lambda q, cache, **how: np.asarray(
-        ja.paged_prefill(q, cache, plan, backend=backend, **how), np.float32
-    )
+        attend = functools.partial(ja.paged_decode, backend=backend, out_dtype=f32)
+    else:
+        indptr = i32(*(tokens * np.arange(requests + 1)))
+        plan = ja.plan_prefill(indptr, table, num_qo_tokens=tokens * requests, causal=False, **how)
+        attend = functools.partial(ja.paged_prefill, backend=backend)
+    attend = jax.jit(attend, static_argnames="sm_scale")
+    return lambda q, cache, **how: np.asarray(attend(q, cache, plan, **how), np.float32)
 
 
 def long_tail(backend, tokens=1):

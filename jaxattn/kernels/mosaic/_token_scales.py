@@ -46,12 +46,14 @@ class TokenScales(Stages):
         """Those of the n-th tile, for whoever is told that its keys are there."""
         there = rows >= 0
         k, v = scales
-        v = jnp.maximum(v, MIN_SCALE)  # others than the append may write 0 for a vector of zeros
+        # Others than the append may write 0 for a vector of zeros.
+        v = jnp.where(there, jnp.maximum(v, MIN_SCALE), 0.0)
         self.wait_empty(n)
         stage = self.stage(n)
         self.tiles[stage, 0] = jnp.where(there, k, 1.0)
-        self.tiles[stage, 1] = jnp.where(there, jnp.log2(v), -jnp.inf)
-        self.tiles[stage, 2] = jnp.where(there, 1.0 / v, 0.0)
+        self.tiles[stage, 1] = jnp.log2(v)
+        # Also of NaN, which is for those who see the token: it makes their exponents NaN, and weights of 0 stay 0.
+        self.tiles[stage, 2] = jnp.where(v > 0, 1.0 / v, 0.0)
 
     def columns(self, n: jax.Array, keys: int) -> Columns:
         """By a computing warpgroup: of the first keys of the n-th tile."""

@@ -9,6 +9,9 @@ cores multiply one warpgroup's scores and values, the other warpgroup takes its 
 warpgroup the products Q K_i^T and P_{i-1} V_{i-1} are under way together (FlashAttention-3, Shah et al. 2024,
 algorithm 2).
 
+Over keys of 8 bits products are of float16: `_loading` converts keys and values, a computing warpgroup its queries
+(`_queries`); scales of each token are `_token_scales`'.
+
 Which work a block does is `_units`', what a row sees `_rows`', what is done to a score `spec.Score`'s, where keys lie
 `_keys`'; the softmax is `_online_softmax`'s, split tiles are `_splits`'; here they meet.
 
