@@ -354,6 +354,7 @@ def _full() -> list[Case]:
         _prefill("b4_4k_d256", *prompts["b4_4k"], 16, head_dim=256),
         _prefill("b4_4k_full", *prompts["b4_4k"], 16, causal=False),
         _prefill("b1_512", 1, 512, 512, 16),
+        _prefill("b4_512", 4, 512, 512, 16),
         # Few rows on many keys: split often, and much to merge.
         _prefill("append_b1_16_16k", 1, 16, 16384, 16),
         _prefill("append_b1_32_32k", 1, 32, 32768, 16),

@@ -52,6 +52,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Arrays that test files make as they are imported are of the CPU, where a GPU machine has JAX's CPU too.
+
+    Each worker imports all files, and on a GPU compiles for a tenth of a second for each kind of array.
+    """
+    if ON_GPU and "cpu" in os.environ.get("JAX_PLATFORMS", "cuda,cpu"):
+        with jax.default_device("cpu"):
+            return (yield)
+    return (yield)
+
+
 @pytest.fixture
 def gpu_memory():
     """gpu_memory(gigabytes): skips a test that needs more than this GPU has."""

@@ -1,5 +1,7 @@
 """No request reaches what its own table does not name, and none feels another's NaN, whatever its arrays hold."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +28,19 @@ def queries(n, seed=1):
 
 def attend(cache, table, q, qo_lens, backend, *, causal=True):
     """paged_decode where every request has one query, else paged_prefill: (o, lse)."""
+    qo_indptr = None if qo_lens is None else i32(np.concatenate([[0], np.cumsum(qo_lens)]))
+    return _attend(jnp.asarray(q), cache, table, qo_indptr, backend=backend, causal=causal)
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "causal"))
+def _attend(q, cache, table, qo_indptr, *, backend, causal):
+    """One program for all that lengths and tables may hold."""
     heads = dict(num_qo_heads=2, num_kv_heads=KH)
     how = dict(return_lse=True, backend=backend)
-    if qo_lens is None:
-        return ja.paged_decode(jnp.asarray(q), cache, ja.plan_decode(table, **heads), **how)
-    qo_indptr = i32(np.concatenate([[0], np.cumsum(qo_lens)]))
+    if qo_indptr is None:
+        return ja.paged_decode(q, cache, ja.plan_decode(table, **heads), **how)
     plan = ja.plan_prefill(qo_indptr, table, num_qo_tokens=len(q), causal=causal, **heads)
-    return ja.paged_prefill(jnp.asarray(q), cache, plan, **how)
+    return ja.paged_prefill(q, cache, plan, **how)
 
 
 def expect(result, q, kv, wanted):

@@ -27,16 +27,20 @@ FEW_SMS = dict(num_sms=8)
 
 
 def plan_of(qo_len=2048, heads=(8, 2), **how):
-    table = ja.PageTable.from_block_table(i32([list(range(128))]), i32([2048]), 16)
-    return ja.plan_prefill(
-        i32([0, qo_len]),
-        table,
-        num_qo_tokens=qo_len,
-        num_qo_heads=heads[0],
-        num_kv_heads=heads[1],
-        disable_split_kv=True,
-        **how,
-    )
+    """What a plan is of: its arrays are shapes, for what reads none."""
+
+    def plan():
+        table = ja.PageTable.from_block_table(i32([list(range(128))]), i32([2048]), 16)
+        return ja.plan_prefill(
+            i32([0, qo_len]),
+            table,
+            num_qo_tokens=qo_len,
+            num_qo_heads=heads[0],
+            num_kv_heads=heads[1],
+            **dict(disable_split_kv=True) | how,
+        )
+
+    return jax.eval_shape(plan)
 
 
 def reason(dtype=jnp.bfloat16, d=128, dv=128, kv_dtype=None, plan=None, **how):
@@ -62,9 +66,7 @@ def test_what_it_does_not_serve_has_a_reason(monkeypatch):
     assert "spans" in reason(plan=plan_of(bidirectional_spans=spans))
     mask = ja.MaskBits(jnp.zeros(2048 * 256, jnp.uint8), i32([0, 2048 * 256]))
     assert "masks" in reason(plan=plan_of(mask=mask))
-    table = ja.PageTable.from_block_table(i32([[0]]), i32([5]), 16)
-    few = ja.plan_prefill(i32([0, 4]), table, num_qo_tokens=4, num_qo_heads=8, num_kv_heads=2)
-    assert "128 rows" in reason(plan=few)
+    assert "128 rows" in reason(plan=plan_of(qo_len=4, disable_split_kv=False))
 
 
 @pytest.mark.parametrize("version", [(0, 10, 2), (0, 12, 0)])
@@ -149,9 +151,11 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
 
 
 @pytest.mark.skipif(not JAX_0_11, reason="the lowering is JAX 0.11's")
-@pytest.mark.parametrize("page_size, kv_dtype", [(1, jnp.bfloat16), (16, jnp.bfloat16), (16, E5M2)])
-def test_lowers_by_default_on_hopper(page_size, kv_dtype):
-    """Also what is private of JAX's: a barrier that counts copies, which pages of one token need."""
+@pytest.mark.parametrize("page_size, kv_dtype", [(1, jnp.bfloat16), (16, jnp.bfloat16), (1, E5M2)])
+def test_it_is_the_default_on_hopper(page_size, kv_dtype):
+    """That of pages of one token is lowered as well, which takes ten seconds: it needs what is private of JAX's, a
+    barrier that counts copies. CI's compile report compiles the others.
+    """
     mesh = jax.sharding.AbstractMesh(
         (1,),
         ("x",),
@@ -176,11 +180,13 @@ def test_lowers_by_default_on_hopper(page_size, kv_dtype):
         cache,
         jax.ShapeDtypeStruct((1, 2048 // page_size), jnp.int32),
     )
-    for backend, kernel in ((None, "mosaic_gpu"), ("triton", "__gpu$xla.gpu.triton")):
+    for backend in (None, "triton"):
         with jax.sharding.use_abstract_mesh(mesh):
             traced = jax.jit(prefill, static_argnames="backend").trace(*args, backend=backend)
-            text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        assert kernel in text
+            assert ("wgmma" in str(traced.jaxpr)) == (backend is None)
+            if kv_dtype == E5M2:
+                text = traced.lower(lowering_platforms=("cuda",)).as_text()
+                assert "mosaic_gpu" in text if backend is None else "__gpu$xla.gpu.triton" in text
 
 
 def sharded_prefill(mesh):
@@ -269,7 +275,8 @@ def test_paged_prefill_gpu(hopper, page_size, kh, group, head_dim, dtype, layout
         layout=layout,
         combined=combined,
     )
-    for causal in (True, False) if page_size in (1, 16) and group == 4 else (True,):
+    basic = (group, head_dim, dtype, layout, combined) == (4, 128, jnp.bfloat16, "NHD", False)
+    for causal in (True, False) if basic and page_size in (1, 16) else (True,):
         check_prefill(
             paged, QO_LENS, dtype, group=group, backend="mosaic", causal=causal, **FEW_SMS
         )
@@ -595,8 +602,8 @@ def test_in_programs_gpu(hopper):
 @pytest.mark.gpu
 def test_it_is_the_default_gpu(hopper):
     prefill, args = programs()
-    lowered = jax.jit(lambda *args: prefill(*args, backend=None)).lower(*args)
-    assert "mosaic_gpu" in lowered.as_text()
+    traced = jax.jit(lambda *args: prefill(*args, backend=None)).trace(*args)
+    assert "wgmma" in str(traced.jaxpr)
 
 
 @pytest.mark.gpu
