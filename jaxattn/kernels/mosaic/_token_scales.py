@@ -6,6 +6,9 @@ A weight times its scale may be far outside of float16, in which it is multiplie
 exponent before a row's largest is found, and the sum of weights takes it out again: as in Triton's kernel.
 
 A token that is not there has a scale of 0, whose logarithm gives every row a weight of 0: it needs no mask.
+
+Scales are finite. One that is not makes NaN of what sees its token, and of nothing else. (In the reference an infinite
+v_scale gives infinities, and lse does not know v_scale; in Triton's kernel a v_scale that is not finite counts as 1.)
 """
 
 import dataclasses
