@@ -668,8 +668,10 @@ CASES = (
     _case("mosaic bf16 32/8 d128 p16 no mask", _prefill, 32, 8, 128, 16, causal=False, **MOSAIC),
     _case("mosaic ragged bf16 32/8 d128", _ragged_prefill, 32, 8, 128, hot=True, **MOSAIC),
     _case("mosaic dense bf16 32/8 d128", _dense, 32, 8, 128, 1024, **MOSAIC),
-    _case("mosaic fp8 32/8 d128 p1", _prefill, 32, 8, 128, 1, **(FP8 | MOSAIC)),
     _case("mosaic fp8 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True, **(FP8 | MOSAIC)),
+    _case(
+        "mosaic fp8 32/8 d128 p16 token", _prefill, 32, 8, 128, 16, hot=True, **(FP8_TOKEN | MOSAIC)
+    ),
     _case("mosaic fp8 fp16 32/8 d64 p16", _prefill, 32, 8, 64, 16, jnp.float16, **(FP8 | MOSAIC)),
     # Dense caches: by lengths, by a mask of keys, by one of queries and keys.
     _case("dense decode bf16 32/8 d128", _dense, 32, 8, 128, 1, hot=True),

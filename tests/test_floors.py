@@ -11,7 +11,15 @@ import jaxattn
 PACKAGE = Path(jaxattn.__file__).parent
 
 FLOORS = [
-    ["checks", "device", "padded", "token_mass", "kernels.triton._launch", "kernels.triton._rows"],
+    [
+        "checks",
+        "device",
+        "kernels._float16",
+        "kernels.triton._launch",
+        "kernels.triton._rows",
+        "padded",
+        "token_mass",
+    ],
     ["kernels.triton.one_program"],
     ["kv_scales", "spec"],
     ["kv_cache"],
@@ -41,7 +49,7 @@ FLOORS = [
         "kernels.mosaic._launch",
         "kernels.mosaic._online_softmax",
     ],
-    ["kernels.mosaic.tiles"],
+    ["kernels.mosaic._queries", "kernels.mosaic.tiles"],
     ["kernels.mosaic._units"],
     [
         "kernels.mosaic._loading",
@@ -49,6 +57,7 @@ FLOORS = [
         "kernels.mosaic._splits",
         "kernels.mosaic.serves",
     ],
+    ["kernels.mosaic._token_scales"],
     ["kernels.*"],
     ["activation", "append", "attention", "grouped_matmul", "merge", "norm", "rope", "sampling"],
     ["dense", "model_step", "ragged"],

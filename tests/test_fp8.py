@@ -201,20 +201,40 @@ def test_scales_far_apart_within_a_head_gpu():
     far_apart(None)
 
 
-def long_tail(backend):
+def many(tokens, table, backend, **how):
+    """Attention of `tokens` queries of each request, all of which see all of its keys: q, cache to o float32."""
+    indptr = i32(*(tokens * np.arange(table.indptr.size)))
+
+    @functools.partial(jax.jit, static_argnames="sm_scale")
+    def attend(q, cache, sm_scale):
+        if tokens == 1:
+            plan = ja.plan_decode(table, **how)
+            return ja.paged_decode(
+                q, cache, plan, sm_scale=sm_scale, backend=backend, out_dtype=f32
+            )
+        tall = dict(num_qo_tokens=q.shape[0], causal=False, **how)
+        plan = ja.plan_prefill(indptr, table, **tall)
+        return ja.paged_prefill(q, cache, plan, sm_scale=sm_scale, backend=backend)
+
+    return lambda q, cache, sm_scale: np.asarray(attend(q, cache, sm_scale), np.float32)
+
+
+def long_tail(backend, tokens=1):
     """One key outweighs each of the others by e^17 and has no value: what is left is theirs, below float16's normal
     numbers."""
     n, d = 1000, 64
     k, v = np.zeros((n, 1, d), np.float32), np.ones((n, 1, d), np.float32)
     k[0, 0, 0], v[0] = 17, 0
     cache = ja.PagedKVCache(tuple(jnp.asarray(x)[None].astype(E4M3) for x in (k, v)))
-    q = jnp.zeros((1, 1, d), bf16).at[0, 0, 0].set(1)
+    q = jnp.zeros((tokens, 1, d), bf16).at[:, 0, 0].set(1)
     table = ja.PageTable(i32(0, 1), i32(0), i32(n), n)
-    plan = ja.plan_decode(table, num_qo_heads=1, num_kv_heads=1, disable_split_kv=True)
+    run = many(tokens, table, backend, num_qo_heads=1, num_kv_heads=1, disable_split_kv=True)
     stored = float(np.asarray(cache.k[0, 0, 0, 0]).astype(np.float32))
-    o = ja.paged_decode(q, cache, plan, sm_scale=1.0, out_dtype=f32, backend=backend)
     rest = (n - 1) * np.exp(-stored)
-    np.testing.assert_allclose(np.asarray(o[0, 0]), rest / (1 + rest), rtol=2e-3)
+    o = run(q, cache, 1.0)
+    # Of many queries, the output has 8 bits.
+    rtol = 2e-3 if tokens == 1 else 2**-8
+    np.testing.assert_allclose(o[:, 0], np.full((tokens, d), rest / (1 + rest)), rtol=rtol)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -245,32 +265,30 @@ def test_a_scale_of_zero_is_a_vector_of_zeros(backend):
     np.testing.assert_allclose(np.asarray(o, np.float32), np.asarray(want, np.float32), rtol=1e-2)
 
 
-def extremes(backend):
+def extremes(backend, tokens=1):
     """What float16 does not hold: queries from 1e-30 to 1e30 and rows of zeros, beside each other in one tile; NaN."""
     paged = make_paged([50, 30], page_size=16, num_kv_heads=1, head_dim=64, dtype=E5M2)
     size = np.float32([1e-30, 1e30, 0, 1])[None, :, None]
-    q = np.random.default_rng(0).standard_normal((2, 4, 64)).astype(np.float32) * size
+    q = np.random.default_rng(0).standard_normal((2 * tokens, 4, 64)).astype(np.float32) * size
     q = rounded(q, bf16)
-
-    @functools.partial(jax.jit, static_argnames="sm_scale")
-    def attend(q, cache, sm_scale):
-        plan = ja.plan_decode(paged.table, num_qo_heads=4, num_kv_heads=1, num_sms=4)
-        how = dict(sm_scale=sm_scale, backend=backend, out_dtype=f32)
-        return ja.paged_decode(q, cache, plan, **how)
+    attend = many(tokens, paged.table, backend, num_qo_heads=4, num_kv_heads=1, num_sms=4)
 
     def run(q, cache=paged.cache, sm_scale=1.0):
-        return np.asarray(attend(jnp.asarray(q).astype(bf16), cache, sm_scale))
+        return attend(jnp.asarray(q).astype(bf16), cache, sm_scale)
 
     o = run(q)
     # With a scale that makes logits of order 1 of each.
     for head, sm_scale in ((0, 1.0), (1, 1e-30), (2, 1.0), (3, 1.0)):
+        parts = q.reshape(2, tokens, 4, 64)
         truth, _ = dense_batch(
-            q[:, None], paged.k, paged.v, sm_scale=sm_scale, causal=False, dtype=np.float64
+            parts, paged.k, paged.v, sm_scale=sm_scale, causal=False, dtype=np.float64
         )
-        np.testing.assert_allclose(run(q, sm_scale=sm_scale)[:, head], truth[:, head], atol=2e-3)
+        rtol = 1e-7 if tokens == 1 else 2**-8  # of many queries, the output has 8 bits
+        got = run(q, sm_scale=sm_scale)[:, head]
+        np.testing.assert_allclose(got, truth[:, head], atol=2e-3, rtol=rtol)
     # A query's NaN or infinity is its own row's.
     q[0, 3, 5] = np.nan
-    q[1, 3, 5] = np.inf
+    q[tokens, 3, 5] = np.inf
     assert same_bits(run(q)[:, :3], o[:, :3])
     assert np.isnan(run(q)[0, 3]).all()
     # NaN of a request's own value or key stays its own.
@@ -279,8 +297,8 @@ def extremes(backend):
         data = list(paged.cache.data)
         data[at] = data[at].at[page, 3, 0, 7].set(jnp.nan)
         bad = run(q, dataclasses.replace(paged.cache, data=tuple(data)))
-        assert np.isnan(bad[1, 0]).any()
-        assert same_bits(bad[0, :3], o[0, :3])
+        assert np.isnan(bad[tokens, 0]).any()
+        assert same_bits(bad[:tokens, :3], o[:tokens, :3])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

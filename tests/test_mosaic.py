@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_lse, make_paged, same_bits
+from helpers import assert_lse, make_paged, same_bits, with_scales
 from test_attention import check_prefill
-from test_fp8 import wild
+from test_fp8 import extremes, long_tail, wild
 from test_variants import check
 from variants import Variant
 
@@ -59,7 +59,7 @@ def test_what_it_does_not_serve_has_a_reason(monkeypatch):
     assert reason(kv_dtype=E4M3, scales=ja.KVScales.of(0.5, [1.0, 2.0])) is None
     assert "64, 128" in reason(kv_dtype=E5M2, d=256, dv=256)
     pages = jnp.ones((128, 16, 2), jnp.float32)
-    assert "each token" in reason(kv_dtype=E4M3, scales=ja.KVScales(pages, pages))
+    assert reason(kv_dtype=E4M3, scales=ja.KVScales(pages, pages)) is None
     assert "out_dtype" in reason(out_dtype=jnp.float32)
     assert "score_mod" in reason(score_mods=True)
     spans = jnp.full((2048, 2), -1, jnp.int32)
@@ -387,6 +387,10 @@ FP8_CASES = [
     (64, E5M2, jnp.bfloat16, "head", "HND", 64, VARIANTS[3]),
     (256, E4M3, jnp.float16, "head", "NHD", 128, VARIANTS[4]),
     (16, jnp.bfloat16, jnp.bfloat16, "head", "NHD", 256, VARIANTS[4]),
+    (1, E4M3, jnp.bfloat16, "token", "HND", 128, VARIANTS[1]),
+    (16, E4M3, jnp.bfloat16, "token", "NHD combined", 128, VARIANTS[2]),
+    (64, E5M2, jnp.float16, "token", "HND combined", 64, VARIANTS[3]),
+    (5, E5M2, jnp.float16, "token", "NHD", 128, VARIANTS[4]),
 ]
 
 
@@ -410,9 +414,63 @@ def test_fp8_and_scales_gpu(hopper, page_size, kv_dtype, dtype, scales, layout, 
 
 
 @pytest.mark.gpu
-def test_scales_of_any_size_gpu(hopper):
+@pytest.mark.parametrize("kind", ["head", "token"])
+def test_scales_of_any_size_gpu(hopper, kind):
     lens, how = (40, 3000, 0, 170), dict(new=200, out_dtype=jnp.bfloat16, sms=8)
-    wild("head", "prefill", "mosaic", jnp.bfloat16, E4M3, lens, **how)
+    wild(kind, "prefill", "mosaic", jnp.bfloat16, E4M3, lens, **how)
+
+
+def far_apart(backend):
+    """Values of each token's own scale, from 1e-6 to 1e6 and 0 within a head, and logits that undo these scales: every
+    token counts. A NaN among the scales is for those who see the token."""
+    n, rows, d = 300, 160, 64
+    x = np.linspace(-14, 14, n).astype(np.float32)
+    k, v = (np.zeros((n, 1, d), np.float32) for _ in range(2))
+    k[:, 0, 0] = np.where(x < 0, -1, 1)
+    v[:, 0] = np.random.default_rng(0).integers(1, 9, (n, d))
+    k_scale, v_scale = abs(x), np.exp(-x)
+    v_scale[77], v[77] = 0, 0  # as others than the append write it
+    pages = np.random.default_rng(1).permutation(n + 5)[:n]
+    table = ja.PageTable(i32([0, n]), i32(pages), i32([1]), 1)
+
+    def paged(x, other, dtype):
+        return jnp.full((n + 5, 1, *x.shape[1:]), other, dtype).at[pages, 0].set(x.astype(dtype))
+
+    @jax.jit
+    def attend(v_scale, sink):
+        of = (paged(s[:, None], jnp.inf, jnp.float32) for s in (k_scale, v_scale))
+        data = tuple(paged(x, jnp.nan, E4M3) for x in (k, v))
+        cache = ja.PagedKVCache(data, scales=ja.KVScales(*of))
+        heads = dict(num_qo_heads=1, num_kv_heads=1, num_sms=1)
+        plan = ja.plan_prefill(i32([0, rows]), table, num_qo_tokens=rows, causal=True, **heads)
+        q = jnp.zeros((rows, 1, d), jnp.bfloat16).at[:, :, 0].set(1)
+        return ja.paged_prefill(q, cache, plan, sm_scale=1.0, sinks=sink[None], backend=backend)
+
+    def run(v_scale, sink=-np.inf):
+        return np.asarray(attend(v_scale, jnp.float32(sink)), np.float32)[:, 0]
+
+    seen = np.arange(n)[None, :] <= np.arange(n - rows, n)[:, None]
+    for sink in (-np.inf, 14.0):
+        weights = np.where(seen, np.exp(x.astype(np.float64)), 0)
+        weights /= weights.sum(axis=1, keepdims=True) + np.exp(sink)
+        truth = weights @ (v_scale[:, None].astype(np.float64) * v[:, 0])
+        np.testing.assert_allclose(run(v_scale, sink), truth, rtol=6e-3)
+    bad = v_scale.copy()
+    bad[200] = np.nan
+    np.testing.assert_array_equal(
+        np.isnan(run(bad)), np.broadcast_to(seen[:, 200, None], (rows, d))
+    )
+
+
+@pytest.mark.gpu
+def test_scales_far_apart_within_a_head_gpu(hopper):
+    far_apart("mosaic")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("judge, tokens", [(extremes, 64), (long_tail, 256)])
+def test_products_in_float16_gpu(hopper, judge, tokens):
+    judge("mosaic", tokens)
 
 
 @pytest.mark.gpu
@@ -440,12 +498,18 @@ def test_every_fp8_number_is_itself_gpu(hopper, kv_dtype, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "page_size, dtype", [(1, jnp.bfloat16), (16, jnp.bfloat16), (128, jnp.bfloat16), (16, E4M3)]
+    "page_size, dtype, scales",
+    [
+        *[(p, jnp.bfloat16, None) for p in (1, 16, 128)],
+        (16, E4M3, None),
+        (16, E4M3, "token"),
+    ],
 )
-def test_absent_pages_gpu(hopper, page_size, dtype):
+def test_absent_pages_gpu(hopper, page_size, dtype, scales):
     """A page that is not in the cache counts as absent keys: as a shorter request sees the others."""
     shape = dict(page_size=page_size, num_kv_heads=2, head_dim=128, dtype=dtype)
     paged = make_paged([1000, 900, 300], **shape, spare_pages=0)
+    paged = with_scales(paged, scales) if scales else paged
     bad = itertools.cycle([-1, paged.cache.num_pages, 2**31 - 1, -(2**31)])
     indices = np.asarray(paged.table.indices).copy()
     count = -(-1000 // page_size)

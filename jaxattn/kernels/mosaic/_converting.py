@@ -1,4 +1,4 @@
-"""Rows of 8-bit numbers, from any address in device memory, to a tile of 16-bit ones in shared memory.
+"""Rows of float8 numbers, from any address in device memory, to a tile of float16 ones in shared memory.
 
 No copy engine converts, and tensor cores multiply numbers of one type. So each thread of a warpgroup brings pieces of
 16 bytes of a row to a place of its own in shared memory, by asynchronous copies, and from there converts them through
@@ -6,7 +6,7 @@ its registers to two 16-byte chunks of the tile. What a thread reads it has copi
 and for no other thread. Its places are one fewer than a tile's pieces, a ring: where one was read, the piece comes
 that is as many pieces further on.
 
-Every number of float8 is one of float16, and of bfloat16 by way of it: NaN and infinities stay what they are.
+Every number of float8 is one of float16: NaN and infinities stay what they are.
 """
 
 from collections.abc import Iterator
@@ -51,11 +51,11 @@ def begin(ring: Any, shape: tuple[int, int], src: jax.Ref, index: jax.Array) -> 
 def convert(
     ring: Any, n: jax.Array, dst: Any, src: jax.Ref, index: jax.Array, coming: jax.Array
 ) -> None:
-    """dst [r, d] (shared memory, TILED) = src[index], the n-th tile; begins to copy src[coming], the next one's pieces.
+    """dst float16 [r, d] (shared memory, TILED) = src[index], the n-th tile; begins to copy src[coming], the next.
 
     index, coming: as in `begin`, which has begun this tile, or the call before this one has.
     """
-    shape, dtype, into = dst.shape[-2:], src.dtype, dst.dtype
+    shape, dtype = dst.shape[-2:], src.dtype
     slots = ring.shape[-2]
     start = jax.lax.rem(n, slots)  # a tile has one piece more than there are places
 
@@ -84,7 +84,7 @@ def convert(
         words = _read(places[0], slots - 1)
         for j, piece in enumerate(pieces):
             following = _read(places[j + 1], slots - 2) if j + 1 < len(pieces) else None
-            _store(words, arith.addi(base, piece.place), dtype, into)
+            _store(words, arith.addi(base, piece.place), dtype)
             if j == 0:
                 _copy(places[0], src, index, pieces[-1], shape)
             else:
@@ -162,16 +162,12 @@ def _read(place, under_way):
     )
 
 
-def _store(words, address, dtype, into):
+def _store(words, address, dtype):
     """The 16 numbers of a piece, converted, to its two chunks: the second one's address differs in one bit."""
     kind = FP8[jnp.dtype(dtype).name]
-    code = "{ .reg .b16 l, h; .reg .f32 f, g; .reg .b32 a, x<8>; xor.b32 a, $0, 16;"
+    code = "{ .reg .b16 l, h; .reg .b32 a, x<8>; xor.b32 a, $0, 16;"
     for i in range(PIECE):
         code += f" mov.b32 {{l, h}}, ${i + 1};"
         code += f" cvt.rn.f16x2.{kind}x2 x{2 * i}, l; cvt.rn.f16x2.{kind}x2 x{2 * i + 1}, h;"
-    if into == jnp.bfloat16:
-        for x in (f"x{n}" for n in range(2 * PIECE)):
-            code += f" mov.b32 {{l, h}}, {x}; cvt.f32.f16 f, l; cvt.f32.f16 g, h;"
-            code += f" cvt.rn.bf16x2.f32 {x}, g, f;"
     code += " st.shared.v4.b32 [$0], {x0, x1, x2, x3}; st.shared.v4.b32 [a], {x4, x5, x6, x7}; }"
     wg._asm(code, "r,r,r,r,r", address, *words)

@@ -34,6 +34,7 @@ class KeySource:
     strides: RowStrides  # of the rows [num_rows, d]
     block: int  # keys of a tile
     narrow: bool = False  # of 8 bits: a tile's are of 16
+    scales_per_token: bool = False
 
     @classmethod
     def of_cache(cls, cache: PagedKVCache, block: int) -> "KeySource":
@@ -45,6 +46,7 @@ class KeySource:
             cache.row_strides,
             block,
             cache.is_fp8,
+            cache.scales is not None and cache.scales.per_token,
         )
 
     @classmethod
@@ -195,6 +197,13 @@ class Keys:
             row = (self.span.page_start + position) * source.strides.slot
         row += self.head * source.strides.head
         return jnp.where(exists, row, -1)
+
+    def scale_rows(self, rows: jax.Array) -> jax.Array:
+        """Where tokens' scales lie, from their `rows` of K: on pages of their own, also where K and V share theirs."""
+        strides = self.source.strides
+        if not strides.value:
+            return rows
+        return rows - lax.div(rows, strides.page) * (strides.page - strides.value)
 
     def absent(self, j: jax.Array) -> jax.Array:
         """float32 [128], EACH: for the i-th key of tile j -inf where its page is not in the cache, else 0."""

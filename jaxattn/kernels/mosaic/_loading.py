@@ -240,38 +240,47 @@ class ConvertingLoader(RowLoader):
     """As `RowLoader`, of 8 bits, which become 16 on the way: while a tile is converted, its next one's bytes come."""
 
     ring: Any  # of `_converting`, this warpgroup's
+    scales: Any = None  # `TokenScales`, of keys and values, which come with keys
 
-    def begin(self, first: Keys) -> jax.Array:
-        """The rows of the first unit's first tile, which have begun."""
+    def begin(self, first: Keys) -> Any:
+        """The keys' rows of the first unit's first tile, which have begun, and their scales."""
         rows = self.rows(first, 0)
         _converting.begin(self.ring, self.stages.tiles.shape[-2:], self.ref, self.own(rows))
-        return rows
+        return rows, self._scales(first, rows)
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: jax.Array) -> jax.Array:
+    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: Any) -> Any:
         """The rows of the coming unit's first tile, which have begun: as, before, those of this unit's had."""
         tiles = keys.span.tiles
         first = self.rows(coming, 0)
 
         def tile(i, carry):
-            rows, following = carry
+            (rows, scales), following = carry
             later = self.rows(keys, i + 2)  # the latency of their page ids passes
             ends = jnp.broadcast_to(i + 1 == tiles, rows.shape)
             following = jnp.where(ends, first, following)
-            self._convert(n + i, self.own(rows), self.own(following))
-            return following, later
+            coming = following, self._scales(keys, following)
+            self._convert(n + i, rows, scales, following)
+            return coming, later
 
         return lax.fori_loop(0, tiles, tile, (begun, self.rows(keys, 1)))[0]
 
     def end(self) -> None:
         wg.wait_copies()
 
-    def _convert(self, n: jax.Array, rows: jax.Array, following: jax.Array) -> None:
-        """The n-th tile, of these rows; those of the tile after it begin."""
+    def _convert(self, n: jax.Array, rows: jax.Array, scales: Any, following: jax.Array) -> None:
+        """The n-th tile, of these keys; those of the tile after it begin."""
         self.stages.wait_empty(n)
         stage = self.stages.stage(n)
-        _converting.convert(self.ring, n, self.stages.tiles.at[stage], self.ref, rows, following)
+        coming = self.own(following)
+        tile = self.stages.tiles.at[stage]
+        _converting.convert(self.ring, n, tile, self.ref, self.own(rows), coming)
+        if self.scales is not None:
+            self.scales.put(n, rows, scales)
         # Whoever multiplies makes it known to wgmma: to do so here would wait for the copies as well.
         plgpu.barrier_arrive(self.stages.full.at[stage])
+
+    def _scales(self, keys: Keys, rows: jax.Array) -> Any:
+        return None if self.scales is None else self.scales.load(keys.scale_rows(rows))
 
 
 def loaders(
@@ -282,14 +291,18 @@ def loaders(
     k: Stages,
     v: Stages,
     rings: Any,
+    scales: Any,
 ) -> tuple[Loader, ...]:
-    """For each of so many loading warpgroups, as `Config.loaders` says; rings: of `_converting`, for K and for V."""
+    """For each of so many loading warpgroups, as `Config.loaders` says.
+
+    rings: of `_converting`, for K and for V; scales: `TokenScales`, or None.
+    """
     if source.in_boxes:
         return (BoxLoader(k_ref, v_ref, k, v),)
     shift = source.strides.value
     if source.narrow:
         return (
-            ConvertingLoader(k_ref, k, 0, rings.at[0]),
+            ConvertingLoader(k_ref, k, 0, rings.at[0], scales),
             ConvertingLoader(v_ref, v, shift, rings.at[1]),
         )
     pair = RowLoader(k_ref, k, 0), RowLoader(v_ref, v, shift)

@@ -40,25 +40,38 @@ class Weights(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class OnlineSoftmax:
     scale: float
-    k_scale: jax.Array | None = None  # float32, positive: a further factor of all scores
+    factor: jax.Array | None = None  # float32, positive: a further one of all scores; or [r]
+    headroom: int = 0  # weights go up to 2^headroom
 
     @property
     def unit(self) -> float | jax.Array:
         unit = self.scale * LOG2E
         # Not 0, which times the -inf of a masked score is NaN.
-        return unit if self.k_scale is None else jnp.maximum(unit * self.k_scale, SMALLEST)
+        return unit if self.factor is None else jnp.maximum(unit * self.factor, SMALLEST)
 
     def init(self) -> State:
         return State(of_rows(-math.inf), of_rows(0.0))
 
-    def update(self, state: State, s: jax.Array, *, masked: bool) -> tuple[State, Weights]:
-        """Takes in scores s [r, k] without the scale, -inf where masked."""
-        m = jnp.maximum(state.m, s.max(axis=1) * self.unit)
+    def exponents(self, s: jax.Array, more: jax.Array) -> jax.Array:
+        """Scores s [r, k] as exponents of 2, to which `more` [k] is added."""
+        return times(s, self.unit) + along_rows(more, ROWS)
+
+    def update(
+        self, state: State, s: jax.Array, *, masked: bool, parts: jax.Array | None = None
+    ) -> tuple[State, Weights]:
+        """Takes in scores s [r, k] without the scale, -inf where masked; with parts float32 [k], `exponents`.
+
+        parts: what of each key's weight counts in l.
+        """
+        unit = self.unit if parts is None else 1.0
+        top = s.max(axis=1) * unit
+        m = jnp.maximum(state.m, top - self.headroom if self.headroom else top)
         # A row without any key yet has m = -inf, and -inf - -inf is NaN: shift by 0 there instead.
         peak = jnp.where(m == -math.inf, 0.0, m) if masked else m
         alpha = jnp.exp2(state.m - peak)
-        p = jnp.exp2(s * self.unit - along_keys(peak, s))
-        return State(m, state.l * alpha + p.sum(axis=1)), Weights(p, alpha)
+        p = jnp.exp2(times(s, unit) - along_keys(peak, s))
+        counted = p if parts is None else p * along_rows(parts, ROWS)
+        return State(m, state.l * alpha + counted.sum(axis=1)), Weights(p, alpha)
 
     def finalize(
         self, state: State, o: jax.Array, sink: jax.Array | None, v_scale: jax.Array | None
@@ -84,6 +97,11 @@ class OnlineSoftmax:
 def of_rows(x: float) -> jax.Array:
     """float32 [r], the same for each row."""
     return plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW)
+
+
+def times(s: jax.Array, factor: float | jax.Array) -> jax.Array:
+    """Scores s [r, k] times a factor of all, or [r], of each row's."""
+    return s * (along_keys(factor, s) if isinstance(factor, jax.Array) and factor.ndim else factor)
 
 
 def along_keys(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._online_softmax import ROW, ROWS, TILE, along_keys
 from jaxattn.kernels.mosaic._units import Statics, Unit
 from jaxattn.spec import FAR
@@ -43,6 +44,9 @@ class Rows:
 
     def query_heads(self, row: jax.Array) -> jax.Array:
         group = self.static.spec.group
+        if group == 1:
+            # A remainder by 1 is a constant, which Mosaic does not lower in a sum with the head.
+            return plgpu.layout_cast(jnp.broadcast_to(self.unit.head, row.shape), wg.EACH)
         return self.unit.head * group + lax.rem(self.first + row, group)
 
     def _position(self, packed: Any) -> Any:

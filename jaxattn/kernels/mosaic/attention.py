@@ -9,6 +9,9 @@ cores multiply one warpgroup's scores and values, the other warpgroup takes its 
 warpgroup the products Q K_i^T and P_{i-1} V_{i-1} are under way together (FlashAttention-3, Shah et al. 2024,
 algorithm 2).
 
+Over keys of 8 bits products are of float16: `_loading` converts keys and values, a computing warpgroup its queries
+(`_queries`); scales of each token are `_token_scales`'.
+
 Which work a block does is `_units`', what a row sees `_rows`', what is done to a score `spec.Score`'s, where keys lie
 `_keys`'; the softmax is `_online_softmax`'s, split tiles are `_splits`'; here they meet.
 
@@ -26,6 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.device import num_sms
+from jaxattn.kernels._float16 import HEADROOM
+from jaxattn.kernels.mosaic import _queries
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._converting import staging
 from jaxattn.kernels.mosaic._keys import Keys, KeySource
@@ -43,9 +48,11 @@ from jaxattn.kernels.mosaic._online_softmax import (
     State,
     along_keys,
     along_rows,
+    times,
 )
 from jaxattn.kernels.mosaic._rows import Rows
 from jaxattn.kernels.mosaic._splits import Partials
+from jaxattn.kernels.mosaic._token_scales import TokenScales
 from jaxattn.kernels.mosaic._units import FIELDS, RING, Schedule, Statics
 from jaxattn.kernels.mosaic.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache
@@ -68,7 +75,7 @@ def _attention_kernel(
     indices_ref,  # int32 [capacity]; None for contiguous keys
     page_range_ref,  # int32 [2], as in the plan; likewise
     sinks_ref,  # float32 [h] or None
-    k_scale_ref,  # float32 [1] or [kh], what keys are multiplied by, or None
+    k_scale_ref,  # float32 [1] or [kh], what keys are multiplied by, or of tokens, as `TokenScales`; or None
     v_scale_ref,  # likewise
     counts_ref,  # int32, zeros: the arrivals of `Partials`, then what `Schedule` counts; None where neither is needed
     o_ref,  # [t * h, d]
@@ -85,11 +92,12 @@ def _attention_kernel(
     v_full,
     v_empty,
     rings_smem,  # of `_converting`, for K and V; None where they are not converted
+    scales_smem,  # of `TokenScales`, or None
+    scales_empty,
     turn,
     row_smem,  # float32 [2, 128]: a number a row, between layouts
-    absent_smem,  # float32 [2, 128]: -inf for the keys of a tile that are not in the cache, 0 for others
-    seen_smem,  # int32 [2, 1]
-    number_smem,  # int32 [1]
+    absent_smem,  # float32 [2, 128]: -inf for the keys of a tile that are not in the cache, 0 for others; or None
+    numbers_smem,  # int32 [1 + 2, 1]: `Schedule`'s number, and `Partials`' of each computing warpgroup
     units_smem,  # int32 [RING, FIELDS]
     told,
     *,
@@ -102,16 +110,20 @@ def _attention_kernel(
         num_items_ref,
         page_range_ref,
         counts_ref,
-        number_smem,
+        numbers_smem.at[0],
         units_smem,
         told,
     )
     queries = Queries(q_smem, q_full, q_empty)
     keys = Stages(k_smem, k_full, k_empty)
     values = Stages(v_smem, v_full, v_empty)
+    scales = None
+    if static.source.scales_per_token:
+        scales = TokenScales(scales_smem, None, scales_empty, k_scale_ref, v_scale_ref)
+        k_scale_ref = v_scale_ref = None
 
     first, *second = loaders(
-        static.source, static.config.loaders, k_ref, v_ref, keys, values, rings_smem
+        static.source, static.config.loaders, k_ref, v_ref, keys, values, rings_smem, scales
     )
 
     @pl.when(warpgroup == COMPUTING)
@@ -134,9 +146,10 @@ def _attention_kernel(
             queries,
             keys,
             values,
+            scales,
             turn,
             row_smem.at[warpgroup],
-            seen_smem.at[warpgroup],
+            numbers_smem.at[1 + warpgroup],
             absent,
             indices_ref,
             sinks_ref,
@@ -221,6 +234,7 @@ class Computing:
     queries: Queries
     keys: Stages
     values: Stages
+    scales: TokenScales | None
     turn: Any
     row_smem: Any
     seen_smem: Any
@@ -262,9 +276,16 @@ class Computing:
     def attend(self, rows: Rows, q_tile: Any, n: jax.Array) -> tuple[jax.Array, State]:
         """The unit's tiles, the n-th loaded and so on: (sums float32 [r, d], state)."""
         source, dtype, score = self.static.source, q_tile.dtype, self.static.score
+        factor, headroom = self.scale(self.k_scale_ref, rows), 0
+        if source.narrow:
+            headroom = HEADROOM
+            if dtype != self.o_ref.dtype:
+                power = _queries.in_float16(q_tile, self.o_ref.dtype)
+                factor = power if factor is None else jnp.maximum(power * factor, SMALLEST)
         # A cap comes between the scores' factor and the exponent.
-        k_scale = self.scale(self.k_scale_ref, rows)
-        softmax = OnlineSoftmax(score.exponent_scale, None if score.soft_cap else k_scale)
+        before = factor if score.soft_cap else None
+        after = None if score.soft_cap else factor
+        softmax = OnlineSoftmax(score.exponent_scale, after, headroom)
         tiles = rows.unit.span.tiles
         phases = rows.unit.phases
 
@@ -304,10 +325,19 @@ class Computing:
             plgpu.wgmma(o_acc, p, first_of(self.values, i, p.shape[1]))
 
         def weigh(s, state, i, masked):
-            s = score(s * k_scale if score.soft_cap and k_scale is not None else s)
+            of = None
+            if self.scales is not None:
+                of = self.scales.columns(n + i, s.shape[1])
+                s = s * along_rows(of.k, ROWS)
+            s = score(s if before is None else times(s, before))
+            if of is not None:
+                s = softmax.exponents(s, of.log_v)
             if masked:
                 s = self.mask(s, rows, i)
-            return softmax.update(state, s, masked=masked)
+            taken = softmax.update(state, s, masked=masked, parts=None if of is None else of.per_v)
+            if self.scales is not None:
+                release(self.scales, n + i)
+            return taken
 
         def first(s_acc):
             self.wait_full(self.keys, n)
@@ -375,7 +405,7 @@ class Computing:
         """Scores s [r, k] of the unit's i-th tile from the last, -inf where a row sees no key."""
         source, span = self.static.source, rows.unit.span
         s = rows.mask(s, rows.first_key(i))
-        if not source.paged:
+        if self.absent_smem is None:
             return s
 
         def hide_absent(s):
@@ -395,7 +425,7 @@ class Computing:
         thread = wg.thread_number()
 
         def store(o, lse):
-            o_tile[...] = o.astype(o_tile.dtype)
+            _queries.put(o_tile, o.astype(self.o_ref.dtype))
             self.row_smem[pl.ds(0, ROWS)] = lse
             wg.sync()
             wg.scatter_rows(o_tile, self.o_ref, rows.q_rows(wg.row_of_thread(ROWS)))
@@ -462,7 +492,7 @@ def paged_attention(
 
     Args:
       q: [t, h, d], float16 or bfloat16.
-      cache: pages of K and V, of one head_dim, in q's dtype or float8; scales for all or for each KV head.
+      cache: pages of K and V, of one head_dim, in q's dtype or float8.
       plan: of tiles of 128 rows, without mask bits and spans.
       sinks: float32 [h] or None.
       score_mods: none.
@@ -532,13 +562,18 @@ def _attention(
     if columns or drawn:
         counts = jax.ShapeDtypeStruct((columns + 1,), jnp.int32)
 
+    # Queries come, and outputs leave, as q's bytes.
+    dtype = jnp.float16 if source.narrow else q.dtype
+
     def shared(*shape):
-        return plgpu.SMEM(shape, q.dtype, transforms=wg.TILED)
+        return plgpu.SMEM(shape, dtype, transforms=wg.TILED)
 
     def barriers(count, arrivals):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
     stages, keys, buffers = config.num_stages, config.block_kv, config.num_queries
+    of_tokens = source.scales_per_token
+    may_lack = source.paged and not of_tokens  # scales of tokens say which are not there
     out = launch(
         functools.partial(
             _attention_kernel,
@@ -573,11 +608,12 @@ def _attention(
             v_full=barriers(stages, source.boxes),
             v_empty=barriers(stages, COMPUTING),
             rings_smem=plgpu.SMEM((2, *staging(d)), jnp.int32) if source.narrow else None,
+            scales_smem=plgpu.SMEM((stages, 3, keys), jnp.float32) if of_tokens else None,
+            scales_empty=barriers(stages, COMPUTING) if of_tokens else None,
             turn=barriers(COMPUTING, 1),
             row_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32),
-            absent_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32) if source.paged else None,
-            seen_smem=plgpu.SMEM((COMPUTING, 1), jnp.int32),
-            number_smem=plgpu.SMEM((1,), jnp.int32),
+            absent_smem=plgpu.SMEM((COMPUTING, wg.THREADS), jnp.float32) if may_lack else None,
+            numbers_smem=plgpu.SMEM((1 + COMPUTING, 1), jnp.int32),
             units_smem=plgpu.SMEM((RING, FIELDS), jnp.int32),
             told=barriers(RING, 1),
         ),

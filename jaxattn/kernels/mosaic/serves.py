@@ -42,8 +42,6 @@ def why_not_attention(
     """
     if (reason := why_not()) is not None:
         return reason
-    if scales is not None and scales.per_token:
-        return "it has no scales for each token: one for all, or one for each KV head"
     d = q.shape[-1]
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16; q is {q.dtype}"

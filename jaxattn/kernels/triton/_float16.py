@@ -1,9 +1,4 @@
-"""Queries in float16, for the product with keys of 8 bits.
-
-Every float8 number is a float16 number, and the way from one to the other is short; the way to bfloat16 is not. A
-query of bfloat16 has fewer bits than a float16 holds, but its exponent may lie outside: a power of two for each row
-brings the row's largest magnitude to 2^14 .. 2^15, and what it took away goes back into the scores, exactly. Elements
-less than 2^-29 of their row's largest lose bits.
+"""Queries in float16, and keys and values of 8 bits on their way there: `kernels._float16` says why.
 
 Axes: r rows, d head dim.
 """
@@ -12,22 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-_BIAS, _MANTISSA_BITS = 127, 23  # of float32
-_TOP = 14  # the exponent of the largest magnitude afterwards
+from jaxattn.kernels._float16 import powers
 
 
 def in_float16(q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """q [r, d] as (float16 [r, d], float32 [r]): q is the product of the two."""
     q = q.astype(jnp.float32)
-    largest = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(q), axis=1), jnp.int32)
-    # A row of zeros must not ask for more than float32 holds.
-    exponent = jnp.maximum(largest >> _MANTISSA_BITS, _TOP + 1)
-
-    def power_of_two(biased: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(biased << _MANTISSA_BITS, jnp.float32)
-
-    down = power_of_two(2 * _BIAS + _TOP - exponent)
-    return (q * down[:, None]).astype(jnp.float16), power_of_two(exponent - _TOP)
+    down, up = powers(jnp.max(jnp.abs(q), axis=1))
+    return (q * down[:, None]).astype(jnp.float16), up
 
 
 def paired(x: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.device import check_fp8, has_wgmma
+from jaxattn.kernels._float16 import HEADROOM
 from jaxattn.kernels.triton._float16 import in_float16, paired
 from jaxattn.kernels.triton._keys import Keys, KeySource, divmod_by, load_rows
 from jaxattn.kernels.triton._launch import Out, launch
@@ -368,8 +369,7 @@ def _attention(
                     1.0 if score_mods else score.exponent_scale,
                     late_sum=not tall,
                     interpret=interpret,
-                    # Weights of float16 below 2^15.
-                    headroom=15 if fp8 and dtype == jnp.float16 else 0,
+                    headroom=HEADROOM if fp8 and dtype == jnp.float16 else 0,
                 ),
                 config=config,
                 parts=parts,
