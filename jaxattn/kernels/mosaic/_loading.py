@@ -1,4 +1,4 @@
-"""The loading warpgroup: it fills the stages of shared memory with tiles of K and V, as the computing ones empty them.
+"""The loading warpgroups fill the stages of shared memory with tiles of K and V, as the computing ones empty them.
 
 A stage is `full` when its copies are there, `empty` when both computing warpgroups have read it. Tiles go from a work
 item's last to its first, and on to the next item's. Queries have stages of their own, a unit's in each.

@@ -8,7 +8,7 @@ exponent before a row's largest is found, and the sum of weights takes it out ag
 A token that is not there has a scale of 0, whose logarithm gives every row a weight of 0: it needs no mask.
 
 Scales are finite. One that is not makes NaN of what sees its token, and of nothing else. (In the reference an infinite
-v_scale gives infinities, and lse does not know v_scale; in Triton's kernel a v_scale that is not finite counts as 1.)
+v_scale gives infinities, and lse does not know v_scale.)
 """
 
 import dataclasses
