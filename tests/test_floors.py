@@ -58,6 +58,7 @@ FLOORS = [
         "kernels.mosaic.serves",
     ],
     ["kernels.mosaic._token_scales"],
+    ["kernels.mosaic._computing"],
     ["kernels.*"],
     ["activation", "append", "attention", "grouped_matmul", "merge", "norm", "rope", "sampling"],
     ["dense", "model_step", "ragged"],

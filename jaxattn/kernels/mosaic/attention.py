@@ -12,12 +12,12 @@ Over keys of 8 bits products are of float16: `_loading` converts keys and values
 (`_queries`); scales of each token are `_token_scales`'.
 
 Which work a block does is `_units`', what a row sees `_rows`', what is done to a score `spec.Score`'s, where keys lie
-`_keys`'; the softmax is `_online_softmax`'s, split tiles are `_splits`'; here they meet.
+`_keys`'; what a computing warpgroup does is `_computing`'s, the softmax `_online_softmax`'s; split tiles are
+`_splits`'; here they meet.
 
 Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, w work items, r = 64 rows, k keys of a tile.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -28,38 +28,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.device import num_sms
-from jaxattn.kernels._float16 import HEADROOM
-from jaxattn.kernels.mosaic import _queries
 from jaxattn.kernels.mosaic import _warpgroup as wg
+from jaxattn.kernels.mosaic._computing import COMPUTING, Computing
 from jaxattn.kernels.mosaic._converting import staging
 from jaxattn.kernels.mosaic._keys import Keys, KeySource
 from jaxattn.kernels.mosaic._launch import launch
-from jaxattn.kernels.mosaic._loading import (
-    Queries,
-    Stages,
-    loaders,
-)
-from jaxattn.kernels.mosaic._online_softmax import (
-    KEY,
-    ROW,
-    ROWS,
-    OnlineSoftmax,
-    State,
-    along_keys,
-    along_rows,
-    times,
-)
+from jaxattn.kernels.mosaic._loading import Queries, Stages, loaders
+from jaxattn.kernels.mosaic._online_softmax import ROWS
 from jaxattn.kernels.mosaic._rows import Rows
-from jaxattn.kernels.mosaic._splits import Partials
 from jaxattn.kernels.mosaic._token_scales import TokenScales
 from jaxattn.kernels.mosaic._units import FIELDS, RING, Schedule, Statics
 from jaxattn.kernels.mosaic.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache
-from jaxattn.kv_scales import FP8_DTYPES, SMALLEST, KVScales
+from jaxattn.kv_scales import FP8_DTYPES, KVScales
 from jaxattn.plan import AttentionPlan
 from jaxattn.spec import Score
 
-COMPUTING = 2  # warpgroups
 # Units, for each multiprocessor, up to which each is a block's own. So few gain nothing by being shared: 1 x 512 and
 # 512 on 32768 in benchmarks/results/h100_sweeps_mosaic.txt. Where to draw the line was not measured.
 UNITS_UNDRAWN = 2
@@ -221,258 +205,6 @@ def _follow(static, schedule, loader, indices_ref):
         lambda state: state[3], a_unit, (zero, zero, loader.begin(keys_of(zero)), exists)
     )
     loader.end()
-
-
-@dataclasses.dataclass(frozen=True)
-class Computing:
-    """A computing warpgroup; refs as in `_attention_kernel`, of this warpgroup alone where they have an axis for it."""
-
-    static: Statics
-    warpgroup: jax.Array
-    schedule: Schedule
-    queries: Queries
-    keys: Stages
-    values: Stages
-    scales: TokenScales | None
-    turn: Any
-    row_smem: Any
-    seen_smem: Any
-    absent_smem: Any
-    indices_ref: Any
-    sinks_ref: Any
-    k_scale_ref: Any
-    v_scale_ref: Any
-    o_ref: Any
-    lse_ref: Any
-    partial_refs: Any  # those of `Partials`; None where no tile is split
-
-    def run(self) -> None:
-        config = self.static.config
-        plgpu.set_max_registers(config.registers[0], action="increase")
-        first = self.warpgroup == 0
-        if config.turns:
-            pl.when(first)(lambda: plgpu.barrier_arrive(self.turn.at[0]))
-
-        def a_unit(state):
-            """The unit of round r; n tiles were loaded before it."""
-            r, n, _ = state
-            q_tile = self.queries.tiles.at[self.queries.stage(r), self.warpgroup]
-            self.wait_full(self.queries, r)
-            o, state = self.attend(self.rows(r), q_tile, n)
-            rows = self.rows(r)
-            self.finish(rows, o, state, q_tile)
-            release(self.queries, r)
-            return r + 1, n + rows.unit.span.tiles, self.schedule.wait(r + 1)
-
-        zero = jnp.int32(0)
-        lax.while_loop(lambda state: state[2], a_unit, (zero, zero, self.schedule.wait(zero)))
-        if config.turns:
-            pl.when(first)(lambda: plgpu.barrier_wait(self.turn.at[0]))
-
-    def rows(self, r: jax.Array) -> Rows:
-        return Rows.of(self.static, self.schedule.look(r), self.warpgroup)
-
-    def attend(self, rows: Rows, q_tile: Any, n: jax.Array) -> tuple[jax.Array, State]:
-        """The unit's tiles, the n-th loaded and so on: (sums float32 [r, d], state)."""
-        source, dtype, score = self.static.source, q_tile.dtype, self.static.score
-        factor, headroom = self.scale(self.k_scale_ref, rows), 0
-        if source.narrow:
-            headroom = HEADROOM
-            if dtype != self.o_ref.dtype:
-                power = _queries.in_float16(q_tile, self.o_ref.dtype)
-                factor = power if factor is None else jnp.maximum(power * factor, SMALLEST)
-        # A cap comes between the scores' factor and the exponent.
-        before = factor if score.soft_cap else None
-        after = None if score.soft_cap else factor
-        softmax = OnlineSoftmax(score.exponent_scale, after, headroom)
-        tiles = rows.unit.span.tiles
-        phases = rows.unit.phases
-
-        def wait_plain_values(i):
-            """Of a tile without a mask: while the tensor cores are at work already."""
-            pl.when((i >= phases.plain) & (i < phases.low))(
-                lambda: self.wait_full(self.values, n + i)
-            )
-
-        def wait_masked_values(i):
-            """At once, and zeros go where no key of the request is: a weight of 0 times NaN is NaN.
-
-            Rows come without them, boxes with what lies before and behind the request's keys.
-            """
-            self.wait_full(self.values, n + i)
-            if source.in_boxes:
-                first = rows.first_key(i)
-                begin, end = -first, rows.unit.span.own_end - first
-
-                @pl.when((begin > 0) | (end < source.block))
-                def _():
-                    wg.clear_rows(self.values.tiles.at[self.values.stage(n + i)], begin, end)
-                    plgpu.commit_smem()
-
-        def scores(keys):
-            return plgpu.ACC((ROWS, keys), jnp.float32)
-
-        def first_of(stages, i, count):
-            """The first rows of the i-th tile."""
-            return stages.tiles.at[stages.stage(n + i), pl.ds(0, count)]
-
-        def multiply_keys(s_acc, i):
-            tile = first_of(self.keys, i, s_acc.shape[1])
-            plgpu.wgmma(s_acc, q_tile, tile.transpose((1, 0)))
-
-        def multiply_values(o_acc, p, i):
-            plgpu.wgmma(o_acc, p, first_of(self.values, i, p.shape[1]))
-
-        def weigh(s, state, i, masked):
-            of = None
-            if self.scales is not None:
-                of = self.scales.columns(n + i, s.shape[1])
-                s = s * along_rows(of.k, ROWS)
-            s = score(s if before is None else times(s, before))
-            if of is not None:
-                s = softmax.exponents(s, of.log_v)
-            if masked:
-                s = self.mask(s, rows, i)
-            taken = softmax.update(state, s, masked=masked, parts=None if of is None else of.per_v)
-            if self.scales is not None:
-                release(self.scales, n + i)
-            return taken
-
-        def first(s_acc):
-            self.wait_full(self.keys, n)
-            self.take_turn()
-            multiply_keys(s_acc, 0)
-            self.pass_turn()
-            s = s_acc[...]
-            release(self.keys, n)
-            state, w = weigh(s, softmax.init(), 0, True)
-            wait_masked_values(0)
-            return *state, w.p.astype(dtype)
-
-        def step(i, carry, o_acc, masked):
-            *state, p = carry
-
-            def inner(s_acc):
-                self.wait_full(self.keys, n + i)
-                self.take_turn()
-                multiply_keys(s_acc, i)
-                wait_plain_values(i - 1)
-                multiply_values(o_acc, p, i - 1)
-                self.pass_turn()
-                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                release(self.keys, n + i)
-                (m, l), w = weigh(s, State(*state), i, masked)
-                coming, alpha, m, l = lax.optimization_barrier((w.p, w.alpha, m, l))
-                o = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
-                release(self.values, n + i - 1)
-                # Rounded before, the weights would make every product wait for the one before.
-                o, coming = lax.optimization_barrier((o, coming))
-                o_acc[...] = o * along_keys(alpha, o)
-                if masked:
-                    wait_masked_values(i)
-                return m, l, coming.astype(dtype)
-
-            return pl.run_scoped(inner, scores(source.block))
-
-        def over_tiles(o_acc):
-            masked, plain = (
-                functools.partial(step, o_acc=o_acc, masked=masked) for masked in (True, False)
-            )
-
-            def whole():
-                return pl.run_scoped(first, scores(source.block))
-
-            def short():
-                return masked(1, pl.run_scoped(first, scores(short_kv)))
-
-            short_kv = self.static.config.short_kv
-            carry = lax.cond(phases.short != 0, short, whole) if short_kv else whole()
-            carry = lax.fori_loop(1 + phases.short, phases.plain, masked, carry)
-            carry = lax.fori_loop(phases.plain, phases.low, plain, carry)
-            if self.static.spec.visible.window_left is not None or not source.paged:
-                carry = lax.fori_loop(phases.low, tiles, masked, carry)
-            m, l, p = carry
-            wait_plain_values(tiles - 1)
-            multiply_values(o_acc, p, tiles - 1)
-            o = o_acc[...]
-            release(self.values, n + tiles - 1)
-            return o, State(m, l)
-
-        return pl.run_scoped(over_tiles, plgpu.ACC((ROWS, q_tile.shape[-1]), jnp.float32))
-
-    def mask(self, s: jax.Array, rows: Rows, i: jax.Array) -> jax.Array:
-        """Scores s [r, k] of the unit's i-th tile from the last, -inf where a row sees no key."""
-        source, span = self.static.source, rows.unit.span
-        s = rows.mask(s, rows.first_key(i))
-        if self.absent_smem is None:
-            return s
-
-        def hide_absent(s):
-            """-inf for keys that are not in the cache, in whose place there are zeros, with finite scores."""
-            wg.sync()
-            keys = Keys(source, span, self.indices_ref, rows.unit.head)
-            self.absent_smem[...] = keys.absent(span.tiles - 1 - i)
-            wg.sync()
-            block = self.absent_smem.at[pl.ds(0, s.shape[1])]
-            return s + along_rows(plgpu.load(block, layout=KEY, optimized=False), ROWS)
-
-        return lax.cond(span.absent != 0, hide_absent, lambda s: s, s)
-
-    def finish(self, rows: Rows, o: jax.Array, state: State, o_tile: Any) -> None:
-        """Stores what the sums o come to, or leaves it to be merged; o_tile: shared memory for it."""
-        item = rows.unit.item
-        thread = wg.thread_number()
-
-        def store(o, lse):
-            _queries.put(o_tile, o.astype(self.o_ref.dtype))
-            self.row_smem[pl.ds(0, ROWS)] = lse
-            wg.sync()
-            wg.scatter_rows(o_tile, self.o_ref, rows.q_rows(wg.row_of_thread(ROWS)))
-            wg.store_each(
-                self.lse_ref, rows.q_rows(thread), plgpu.load(self.row_smem, layout=wg.EACH)
-            )
-
-        sink = None
-        if self.sinks_ref is not None:
-            self.row_smem[...] = wg.load_each(self.sinks_ref, rows.query_heads(thread))
-            wg.sync()
-            sink = plgpu.load(self.row_smem.at[pl.ds(0, ROWS)], layout=ROW, optimized=False)
-            sink += jnp.where(item.split == 0, 0.0, -jnp.inf)
-            wg.sync()
-        softmax = OnlineSoftmax(self.static.score.exponent_scale)
-        o, lse = softmax.finalize(state, o, sink, self.scale(self.v_scale_ref, rows))
-        pl.when(item.num_splits == 1)(lambda: store(o, lse))
-        if self.partial_refs is not None:
-            partials = Partials(
-                **self.partial_refs,
-                column=rows.unit.head * COMPUTING + self.warpgroup,
-                columns=self.static.spec.num_kv_heads * COMPUTING,
-                seen=self.seen_smem,
-            )
-            pl.when(item.num_splits > 1)(lambda: partials.merge(item, o, lse, store))
-
-    def scale(self, ref: Any, rows: Rows) -> jax.Array | None:
-        """What keys or values are multiplied by, where there is something."""
-        if ref is None:
-            return None
-        return jnp.maximum(ref[rows.unit.head if ref.shape[0] > 1 else 0], SMALLEST)
-
-    def take_turn(self) -> None:
-        if self.static.config.turns:
-            plgpu.barrier_wait(self.turn.at[self.warpgroup])
-
-    def pass_turn(self) -> None:
-        if self.static.config.turns:
-            plgpu.barrier_arrive(self.turn.at[1 - self.warpgroup])
-
-    def wait_full(self, stages: Stages, n: jax.Array) -> None:
-        plgpu.barrier_wait(stages.full.at[stages.stage(n)])
-        if not self.static.source.in_boxes:
-            wg.fence()
-
-
-def release(stages: Stages, n: jax.Array) -> None:
-    plgpu.barrier_arrive(stages.empty.at[stages.stage(n)])
 
 
 def paged_attention(
