@@ -20,7 +20,7 @@ import jax
 
 from benchmarks import cases, timing
 from benchmarks.cases import Case
-from benchmarks.compile_report import KernelReport, compile_for
+from benchmarks.compiled import KernelReport, compile_for
 from benchmarks.inputs import make_inputs
 from benchmarks.oracle import make_oracle, tolerance
 from benchmarks.providers import jaxattn as ours

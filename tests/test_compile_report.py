@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from benchmarks import compile_cases, compiled
 from benchmarks import compile_report as cr
 
 THUNKS = """\
@@ -66,13 +67,13 @@ ptxas info    : Function properties for jaxattn_prefill
 ptxas info    : Used 162 registers, used 1 barriers
 """
 
-LAUNCHES = cr.parse_thunk_sequence(THUNKS)
+LAUNCHES = compiled.parse_thunk_sequence(THUNKS)
 
 
 def test_report_joins_the_three_texts():
     prefill = PTX.replace("loop_add_fusion", "other_kernel")
-    assert cr.kernel_reports(prefill, CLEAN, LAUNCHES) == [
-        cr.KernelReport(
+    assert compiled.kernel_reports(prefill, CLEAN, LAUNCHES) == [
+        compiled.KernelReport(
             name="jaxattn_prefill",
             grid=(64, 8, 1),
             threads=128,
@@ -91,43 +92,46 @@ def test_report_joins_the_three_texts():
 
 
 def test_spills_and_serialised_wgmma_are_faults():
-    [report] = cr.kernel_reports(PTX, SPILLED, LAUNCHES)
+    [report] = compiled.kernel_reports(PTX, SPILLED, LAUNCHES)
     assert (report.spill_stores, report.spill_loads, report.local_memory) == (4692, 4316, 2696)
     assert (report.registers, report.static_shared) == (255, 512)
     assert report.faults == ("4692 + 4316 bytes spilled", SERIALIZED)
 
 
 def test_a_case_accepts_one_kind_of_fault_only():
-    [report] = cr.kernel_reports(PTX, SPILLED, LAUNCHES)
-    cold, hot = (cr.Case("a", lambda: (abs, ()), hot=hot) for hot in (False, True))
+    [report] = compiled.kernel_reports(PTX, SPILLED, LAUNCHES)
+    cold, hot = (compile_cases.Case("a", lambda: (abs, ()), hot=hot) for hot in (False, True))
     assert cold.faults(report) == [] and hot.faults(report) == list(report.faults)
     accepting = dataclasses.replace(hot, accepted="serialized")
     assert accepting.faults(report) == ["4692 + 4316 bytes spilled"]
 
 
 def test_a_case_leaves_room_for_its_programs():
-    [report] = cr.kernel_reports(PTX, CLEAN, LAUNCHES)
+    [report] = compiled.kernel_reports(PTX, CLEAN, LAUNCHES)
     report = dataclasses.replace(report, threads=128, registers=128)
-    case = cr.Case("a", lambda: (abs, ()), programs=4)
+    case = compile_cases.Case("a", lambda: (abs, ()), programs=4)
     assert case.faults(report) == []
     fault = "129 registers, of 3 programs instead of 4"  # which are 136 of each thread's
     assert case.faults(dataclasses.replace(report, registers=129)) == [fault]
 
 
 def test_clean_kernel_has_no_fault():
-    [report] = cr.kernel_reports(PTX, CLEAN, LAUNCHES)
+    [report] = compiled.kernel_reports(PTX, CLEAN, LAUNCHES)
     assert report.faults == ()
 
 
 def test_warning_goes_to_the_kernel_it_names():
-    usage = cr.parse_ptxas(SPILLED)
+    usage = compiled.parse_ptxas(SPILLED)
     assert usage["loop_add_fusion"]["warnings"] == ()
     assert usage["jaxattn_prefill"]["warnings"] == (SERIALIZED,)
 
 
 def test_table_marks_hot_cases():
-    [report] = cr.kernel_reports(PTX, SPILLED, LAUNCHES)
-    hot, cold = (cr.Case(name, lambda: (abs, ()), hot) for name, hot in [("a", True), ("b", False)])
+    [report] = compiled.kernel_reports(PTX, SPILLED, LAUNCHES)
+    hot, cold = (
+        compile_cases.Case(name, lambda: (abs, ()), hot)
+        for name, hot in [("a", True), ("b", False)]
+    )
     head, first, second = cr.format_table([(hot, report), (cold, report)]).splitlines()
     assert head.split()[:3] == ["case", "kernel", "threads"]
     assert first.split() == "a * prefill 128 255 4692/4316 2696 512+98304 2 0 2 C7511".split()
@@ -135,14 +139,14 @@ def test_table_marks_hot_cases():
 
 
 def test_cases_have_names_of_their_own_and_some_are_hot():
-    names = [case.name for case in cr.CASES]
+    names = [case.name for case in compile_cases.CASES]
     assert len(set(names)) == len(names)
-    assert any(case.hot for case in cr.CASES)
+    assert any(case.hot for case in compile_cases.CASES)
 
 
 def test_unknown_target():
     with pytest.raises(ValueError, match=r"target must be one of \['a100', 'h200'\]"):
-        cr.compile_for("b300", abs)
+        compiled.compile_for("b300", abs)
 
 
 def test_unmatched_filter(capsys):

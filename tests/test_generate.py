@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, random_params, random_prompts
 
-from benchmarks import compile_report
+from benchmarks import compiled
 from examples import demo
 from jaxattn.call import Choices, check_call
 from jaxattn.generate import Generator, Sizes, generate, main
@@ -629,7 +629,7 @@ def test_an_h200_never_waits_for_the_host_between_tokens():
         pytest.skip("JAX compiles for a GPU that is not there under JAX_PLATFORMS=cpu only")
 
     def compile(fn, *args):
-        return compile_report.lower_for("h200", fn, *args).compile().as_text()
+        return compiled.lower_for("h200", fn, *args).compile().as_text()
 
     check_no_host_round_trip_per_token(compile)
 

@@ -13,7 +13,7 @@ import pytest
 from tiny import CONFIG
 
 import jaxattn as ja
-from benchmarks import compile_report as cr
+from benchmarks.compiled import described_mesh
 from jaxattn.models import decoder
 from jaxattn.models.stored_experts import GptOssExperts
 from jaxattn.models.weights import sources
@@ -29,7 +29,7 @@ def struct(*shape, dtype=bf16):
 def compile_for_h200(fn, donated, *args, **options):
     """(the optimised program's text, its memory analysis); skips where JAX cannot compile for one."""
     try:
-        mesh = cr._target_mesh("h200")
+        mesh = described_mesh("h200")
     except RuntimeError as error:
         pytest.skip(f"{error}; and JAX_PLATFORMS=cpu where there is no GPU")
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from benchmarks.compile_report import CASES
+from benchmarks.compile_cases import CASES
 
 if jax.__version_info__ < (0, 11):
     pytest.skip(
