@@ -383,7 +383,8 @@ def test_many_states_are_merged_in_teams(monkeypatch):
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("new,rows", [(1, 16), (9, 64), (33, 128)])
 def test_merging_reads_no_rows_beyond_its_tile(new, rows, head_dim, wgmma):
-    paged = make_paged([100], page_size=16)
+    # Of so many keys that a tile may be split: else nothing is merged.
+    paged = make_paged([1000], page_size=16)
     how = dict(page_size=16, num_qo_tokens=new, num_qo_heads=4, num_kv_heads=1, num_sms=2)
     plan = ja.plan_prefill(jnp.asarray([0, new], jnp.int32), paged.table, **how)
     assert plan.block_rows == rows
