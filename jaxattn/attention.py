@@ -69,7 +69,7 @@ def paged_decode(
       return_lse: also return the logsumexp of the logits.
       backend: "triton", "mosaic", "xla", "interpret", or None: on an NVIDIA GPU Triton, or on Hopper Mosaic for what
         it serves (prefill of 16-bit queries of head_dim 64 and 128, and 256 but over a float8 cache, without masks,
-        spans, scales per token and score mods); XLA elsewhere.
+        spans and score mods); XLA elsewhere.
 
     Returns:
       o [b, num_qo_heads, V's head_dim]; with return_lse, (o, lse float32 [b, num_qo_heads], natural log). A request
@@ -231,7 +231,7 @@ def ragged_prefill(
 
     name = "jaxattn_decode" if plan.is_decode else "jaxattn_prefill"
     kernel = functools.partial(contiguous_attention, name=name, kv_layout=kv_layout)
-    return _run(options, kernel, xla, mosaic, q, (k, v, kv_scales), plan, v, kv_scales)
+    return _run(options, kernel, xla, mosaic, q, (k, v, kv_scales), plan, v)
 
 
 class _Options(NamedTuple):
@@ -261,7 +261,7 @@ def _paged(name: str, q: Array, cache: PagedKVCache, plan: AttentionPlan, option
         return paged_attention(*args, name=name, **how)
 
     kernel = functools.partial(paged_attention, name=name)
-    return _run(options, kernel, xla, mosaic, q, (cache,), plan, cache.arrays[-1], cache.scales)
+    return _run(options, kernel, xla, mosaic, q, (cache,), plan, cache.arrays[-1])
 
 
 def _run(
@@ -273,11 +273,10 @@ def _run(
     kv: tuple[Any, ...],
     plan: AttentionPlan,
     values: Array,
-    scales: KVScales | None,
 ) -> Any:
     """Checks the options, and runs the op on (q, *kv, plan, sinks, score mods).
 
-    values, scales: of kv, the array that has V, and what keys and values are multiplied by.
+    values: of kv, the array that has V.
     """
     how: dict[str, Any] = dict(
         score=Score(
@@ -306,7 +305,6 @@ def _run(
         q,
         values,
         plan,
-        scales=scales,
         score_mods=bool(score_mods),
         out_dtype=how["out_dtype"],
     )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.device import has_wgmma
-from jaxattn.kv_scales import FP8_DTYPES, KVScales
+from jaxattn.kv_scales import FP8_DTYPES
 from jaxattn.plan import MAX_ROWS, AttentionPlan
 
 HEAD_DIMS = (64, 128, 256)
@@ -32,7 +32,6 @@ def why_not_attention(
     values: jax.Array,
     plan: AttentionPlan,
     *,
-    scales: KVScales | None,
     score_mods: bool,
     out_dtype: jax.typing.DTypeLike,
 ) -> str | None:
