@@ -52,7 +52,8 @@ def fp8_dtype(name: DTypeLike) -> jnp.dtype:
 class KVScales:
     """What the numbers of a cache are multiplied by: float32 arrays, positive and finite, in a pytree.
 
-    A scale below 2^-126, 0 included, counts as 2^-126. Only arrays on the host (NumPy) are checked.
+    A scale below 2^-126, 0 included, counts as 2^-126. One above 2^90 or so may take numbers beyond float32 on the way.
+    Only arrays on the host (NumPy) are checked.
 
     Attributes:
       k, v: [] for all; [kh] for each KV head; or, both of them, pages [n, p, kh] (NHD) or [n, kh, p] (HND) for each

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxattn as ja
+from jaxattn import dense
 from jaxattn.decode_plan import MAX_IN_ONE_PROGRAM, decode_plan
 from jaxattn.plan import MAX_FEW_ROWS, Splits
 from jaxattn.spec import AttentionSpec, Visible
@@ -126,6 +127,22 @@ def test_what_is_never_split_has_no_slots(tall, blocks):
         assert (plan.block_rows > MAX_FEW_ROWS) == tall
         assert max(item.num_splits for item in items_of(plan)) == splits
         assert bool(plan.num_slots) == (splits > 1)
+
+
+@pytest.mark.parametrize("queries,blocks", [(1, 1), (40, 5)])
+def test_dense_calls_of_few_keys_have_no_slots(queries, blocks):
+    """However many requests there are: none has more keys than the arrays' S."""
+    for keys, slots in ((blocks * KV_BLOCK, False), (blocks * KV_BLOCK + 1, True)):
+        batch = dense._Batch(3, queries, keys, AttentionSpec(4, 1), {})
+        calls = [
+            functools.partial(batch.plan, padded=False),
+            functools.partial(batch.plan_mask, jnp.ones((3, queries, keys), bool)),
+        ]
+        if queries > 1:
+            calls.append(functools.partial(batch.plan, padded=True))
+            calls.append(functools.partial(batch.plan_key_mask, jnp.ones((3, keys), bool)))
+        plans = [jax.eval_shape(call) for call in calls]
+        assert [bool(plan.num_slots) for plan in plans] == [slots] * len(plans)
 
 
 def one_kernels_plan_is_xlas(kernel, lengths, group, window_left, splits):

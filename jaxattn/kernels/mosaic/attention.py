@@ -3,10 +3,10 @@
     x_ij = logit(<q_i, k_j>),   o_i = sum_j softmax_j(x_ij) v_j,   lse_i = log sum_j exp(x_ij)
 
 over the keys j that query i sees. Two warpgroups of a block compute, 64 packed rows (query token x query head of one KV
-group) of one work item's tile each; the third loads its queries and keys (`_loading`), ahead of them also from one item
-to the next; where they come row by row, a fourth one loads values. While the tensor cores multiply one warpgroup's
-scores and values, the other warpgroup takes its softmax: they take turns. Within a warpgroup the products Q K_i^T and
-P_{i-1} V_{i-1} are under way together (FlashAttention-3, Shah et al. 2024, algorithm 2).
+group) of one work item's tile each; the third loads its queries, keys and values (`_loading`), ahead of them also from
+one item to the next; where they come row by row, a fourth one loads values, but at head_dim 256. While the tensor cores
+multiply one warpgroup's scores and values, the other warpgroup takes its softmax: they take turns. Within a warpgroup
+the products Q K_i^T and P_{i-1} V_{i-1} are under way together (FlashAttention-3, Shah et al. 2024, algorithm 2).
 
 Over keys of 8 bits products are of float16: `_loading` converts keys and values, a computing warpgroup its queries
 (`_queries`); scales of each token are `_token_scales`'.
