@@ -226,7 +226,7 @@ def list_items(
 
 def may_split(most_keys: int, tall: bool) -> bool:
     """Whether a tile of so many keys at most ever has more than one fair split, however many items fill the GPU."""
-    return 2 * _blocks(most_keys) >= 3 * _least_share(tall)
+    return _shares(_blocks(most_keys), _least_share(tall)) > 1
 
 
 def _least_share(tall: bool) -> int:
@@ -237,6 +237,11 @@ def _blocks(keys: Any) -> Any:
     return -(-keys // KV_BLOCK)
 
 
+def _shares(blocks: Any, share: Any) -> Any:
+    """Rounded: a second split for the little that exceeds a share would cost more than it saves."""
+    return (2 * blocks + share) // (2 * share)
+
+
 def _fair_splits(keys: Array, fill: int, min_blocks: int) -> tuple[Array, Array]:
     """The splits of each tile, and the keys of a split, where `fill` items share the keys fairly."""
     blocks = _blocks(keys)
@@ -244,8 +249,7 @@ def _fair_splits(keys: Array, fill: int, min_blocks: int) -> tuple[Array, Array]
     rest = (blocks % fill).sum(dtype=jnp.int32)
     share = (blocks // fill).sum(dtype=jnp.int32) - (-rest // fill)
     share = jnp.maximum(share, min_blocks)
-    # Rounded: a second split for the little that exceeds a share would cost more than it saves.
-    splits = jnp.maximum((2 * blocks + share) // (2 * share), 1)
+    splits = jnp.maximum(_shares(blocks, share), 1)
     # Even pieces; rounding them to whole blocks may need one fewer.
     piece = jnp.maximum(-(-blocks // splits), 1)
     return jnp.maximum(-(-blocks // piece), 1), piece * KV_BLOCK

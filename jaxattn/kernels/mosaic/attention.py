@@ -147,11 +147,8 @@ def _attention_kernel(
 
 def _load(static, schedule, queries, loader, q_ref, indices_ref):
     """The loading warpgroup: draws the units, and loads their queries and what this loader does."""
-    source = static.source
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
-
-    def keys_of(unit):
-        return Keys(source, unit.span, indices_ref, unit.head)
+    keys_of = functools.partial(_keys_of, static, schedule, indices_ref)
 
     def load_queries(r):
         row, unit = wg.row_of_thread(ROWS), schedule.look(r)
@@ -159,12 +156,13 @@ def _load(static, schedule, queries, loader, q_ref, indices_ref):
         pl.when(unit.exists)(lambda: queries.load(r, q_ref, index))
 
     def end_queries(r):
-        pl.when(schedule.look(r).exists)(lambda: queries.end_load(r, wait=source.in_boxes))
+        wait = static.source.in_boxes
+        pl.when(schedule.look(r).exists)(lambda: queries.end_load(r, wait=wait))
 
     def a_unit(state):
         """The unit of round r, whose queries and first keys are under way; n tiles were loaded before it."""
         r, n, begun, _ = state
-        begun = loader.unit(keys_of(schedule.look(r)), n, keys_of(schedule.look(r + 1)), begun)
+        begun = loader.unit(keys_of(r), n, keys_of(r + 1), begun)
         # Drawn earlier, blocks would not share the last units fairly.
         schedule.begin_draw()
         load_queries(r + 1)
@@ -175,7 +173,7 @@ def _load(static, schedule, queries, loader, q_ref, indices_ref):
 
     zero, one = jnp.int32(0), jnp.int32(1)
     schedule.tell(zero, schedule.unit(schedule.first()))
-    begun = loader.begin(keys_of(schedule.look(zero)))
+    begun = loader.begin(keys_of(zero))
     schedule.begin_draw()
     load_queries(zero)
     end_queries(zero)
@@ -188,10 +186,7 @@ def _load(static, schedule, queries, loader, q_ref, indices_ref):
 def _follow(static, schedule, loader, indices_ref):
     """A second loading warpgroup: what this loader loads of the units that the first one tells."""
     plgpu.set_max_registers(static.config.registers[1], action="decrease")
-
-    def keys_of(r):
-        unit = schedule.look(r)
-        return Keys(static.source, unit.span, indices_ref, unit.head)
+    keys_of = functools.partial(_keys_of, static, schedule, indices_ref)
 
     def a_unit(state):
         r, n, begun, _ = state
@@ -205,6 +200,12 @@ def _follow(static, schedule, loader, indices_ref):
         lambda state: state[3], a_unit, (zero, zero, loader.begin(keys_of(zero)), exists)
     )
     loader.end()
+
+
+def _keys_of(static, schedule, indices_ref, r):
+    """Those of the unit of the r-th round."""
+    unit = schedule.look(r)
+    return Keys(static.source, unit.span, indices_ref, unit.head)
 
 
 def paged_attention(
