@@ -3,8 +3,11 @@
 import os
 from pathlib import Path
 
-import jax
-import pytest
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; NumPy reads this once
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 ON_GPU = Path("/dev/nvidiactl").exists() and os.environ.get("JAX_PLATFORMS") != "cpu"
 if ON_GPU:

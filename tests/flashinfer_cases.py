@@ -5,6 +5,7 @@ import contextlib
 import math
 from unittest import mock
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +33,8 @@ def indptr_of(lengths):
 
 def normal(shape, dtype, seed=1):
     """Numbers that the dtype holds, as float32 in numpy and as an array of that dtype."""
-    x = rounded(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
-    return x, jnp.asarray(x).astype(dtype)
+    x = helpers.normal(np.random.default_rng(seed), shape, dtype)
+    return x.astype(np.float32), jnp.asarray(x)
 
 
 def table_of(paged, as_metadata=np.asarray):
@@ -178,7 +179,7 @@ def check_variant(
     qs = np.split(q, qo_indptr[1:-1])
     masks = masks_of(variant, qo_lens, kv_lens) if variant.mask else [None] * len(qo_lens)
     sees = [seen(variant, *case) for case in zip(qo_lens, kv_lens, masks, strict=True)]
-    contiguous = [jnp.asarray(np.concatenate(x)).astype(dtype) for x in (ks, vs)]
+    contiguous = [jnp.asarray(np.concatenate(x).astype(jnp.dtype(dtype))) for x in (ks, vs)]
     if layout == "HND":
         contiguous = [jnp.swapaxes(x, 0, 1) for x in contiguous]
 

@@ -1,6 +1,7 @@
 """Adversarial attention data, and the two-reference rule that judges a kernel."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,12 @@ def rounded(x: np.ndarray, dtype) -> np.ndarray:
     return x if dtype == np.float64 else x.astype(jnp.dtype(dtype)).astype(np.float32)
 
 
+def normal(rng, shape, dtype, scale=1.0, most=2**22 - 3) -> np.ndarray:
+    """Normal numbers of this dtype; after `most`, a prime, they repeat, since drawing and rounding them takes long."""
+    drawn = scale * rng.standard_normal(min(math.prod(shape), most), np.float32)
+    return np.resize(drawn.astype(jnp.dtype(dtype)), shape)
+
+
 def make_paged(
     kv_lens,
     *,
@@ -44,15 +51,15 @@ def make_paged(
     counts = [-(-n // page_size) for n in kv_lens]
     num_pages = sum(counts) + spare_pages
     order = rng.permutation(num_pages).astype(np.int32)
-    pages = np.full((2, num_pages, page_size, num_kv_heads, head_dim), np.nan, np.float32)
+    pages = np.full((2, num_pages, page_size, num_kv_heads, head_dim), np.nan, jnp.dtype(dtype))
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     tokens = []
     for i, n in enumerate(kv_lens):
-        kv = rounded(scale * rng.standard_normal((2, n, num_kv_heads, head_dim), np.float32), dtype)
+        kv = normal(rng, (2, n, num_kv_heads, head_dim), dtype, scale)
         own = order[indptr[i] : indptr[i + 1]]
         position = np.arange(n)
         pages[:, own[position // page_size], position % page_size] = kv
-        tokens.append(kv)
+        tokens.append(kv.astype(np.float32))
     indices = np.full(
         indptr[-1] + spare_entries, num_pages + 7, np.int32
     )  # unused entries: nonsense
@@ -60,7 +67,7 @@ def make_paged(
     last = [n - (c - 1) * page_size if c else 0 for n, c in zip(kv_lens, counts, strict=True)]
     if layout == "HND":
         pages = pages.swapaxes(2, 3)
-    pages = jnp.asarray(pages).astype(dtype)
+    pages = jnp.asarray(pages)
     dv = head_dim_v or head_dim  # V's, at most K's
     data = jnp.swapaxes(pages, 0, 1) if combined else (pages[0], pages[1, ..., :dv])
     table = ja.PageTable(

@@ -112,11 +112,16 @@ def attend(variant, q, k, v, see, *, sm_scale, dtype=np.float64, score_dtype=Non
     exact = np.float64 if dtype == np.float64 else np.float32
     score_dtype = score_dtype or dtype
     sinks, slopes, tilt = (np.asarray(x, exact) for x in operands(variant, h))
-    k, v = (np.repeat(x.astype(exact), h // kh, axis=1) for x in (k, v))
     used = see.any(axis=0)
-    k, v = (np.where(used[:, None, None], x, 0) for x in (k, v))
-    x = rounded(np.einsum("thd,shd->hts", q.astype(exact), k), score_dtype) * exact(sm_scale)
-    i, j = np.arange(t)[None, :, None] + s - t, np.arange(s)[None, None, :]
+    position = np.arange(s)[used]
+    see, k, v = see[:, used], k[used].astype(exact), v[used].astype(exact)
+
+    def multiply(x, y):  # [h, m, n] and each KV head's [n, l]; through BLAS, unlike an einsum
+        return (x.reshape(kh, h // kh * t, x.shape[-1]) @ y).reshape(h, t, y.shape[-1])
+
+    qk = multiply(q.astype(exact).swapaxes(0, 1), k.transpose(1, 2, 0))
+    x = rounded(qk, score_dtype) * exact(sm_scale)
+    i, j = np.arange(t)[None, :, None] + s - t, position[None, None, :]
     head = np.arange(h)[:, None, None]
     if variant.soft_cap:
         x = variant.soft_cap * np.tanh(x / variant.soft_cap)
@@ -128,7 +133,7 @@ def attend(variant, q, k, v, see, *, sm_scale, dtype=np.float64, score_dtype=Non
     x = np.where(see[None], rounded(x.astype(exact), score_dtype), -np.inf)
     if variant.sinks:
         x = np.concatenate([x, np.broadcast_to(sinks[:, None, None], (h, t, 1))], axis=2)
-        v = np.concatenate([v, np.zeros((1, h, dv), exact)])
+        v = np.concatenate([v, np.zeros((1, kh, dv), exact)])
     if x.shape[2] == 0:
         return np.zeros((t, h, dv), exact), np.full((t, h), -np.inf, exact)
     peak = x.max(axis=2, keepdims=True)
@@ -136,7 +141,7 @@ def attend(variant, q, k, v, see, *, sm_scale, dtype=np.float64, score_dtype=Non
     weights = np.exp(x - peak)
     total = weights.sum(axis=2, keepdims=True)
     p = rounded(weights / np.where(total == 0, 1, total), dtype)
-    o = rounded(np.einsum("hts,shd->thd", p, v), dtype)
+    o = rounded(multiply(p, v.swapaxes(0, 1)).swapaxes(0, 1), dtype)
     with np.errstate(divide="ignore"):
         return o, (np.log(total) + peak)[..., 0].T
 
