@@ -203,12 +203,12 @@ class Computing:
                 return pl.run_scoped(first, scores(source.block))
 
             def short():
-                return masked(1, pl.run_scoped(first, scores(short_kv)))
+                return plain(1, pl.run_scoped(first, scores(short_kv)))
 
             short_kv = self.static.config.short_kv
             carry = lax.cond(phases.short != 0, short, whole) if short_kv else whole()
-            carry = lax.fori_loop(1 + phases.short, phases.plain, masked, carry)
-            carry = lax.fori_loop(phases.plain, phases.low, plain, carry)
+            carry = lax.fori_loop(1, phases.plain, masked, carry)
+            carry = lax.fori_loop(phases.plain + phases.short, phases.low, plain, carry)
             if self.static.spec.visible.window_left is not None or not source.paged:
                 carry = lax.fori_loop(phases.low, tiles, masked, carry)
             m, l, p = carry

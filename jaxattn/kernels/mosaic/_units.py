@@ -38,8 +38,8 @@ class Statics:
 class Phases(NamedTuple):
     """The tiles of a unit, counted from the last: masked are 0 .. plain - 1 and those from `low` on. int32 scalars."""
 
-    short: jax.Array  # not 0: of tile 0 `Config.short_kv` keys are enough, and a tile follows
-    plain: jax.Array  # at least 1, behind a short tile at least 2: those before it are masked
+    short: jax.Array  # 1: of tile 0 `Config.short_kv` keys are enough, and tile 1 is not masked; else 0
+    plain: jax.Array  # at least 1
     low: jax.Array
 
     @classmethod
@@ -50,14 +50,15 @@ class Phases(NamedTuple):
         last = lax.div(item.row_end - 1, spec.group) + item.q_position
         begin, end = spec.visible.all(first, last, span.end)
         below = jnp.clip(lax.div(jnp.maximum(end - span.origin, 0), block), 0, span.tiles)
-        last_keys = span.end - span.origin - (span.tiles - 1) * block
-        short = (span.tiles > 1) & (last_keys <= static.config.short_kv)
-        plain = jnp.maximum(span.tiles - below, jnp.where(short, 2, 1))
+        plain = jnp.maximum(span.tiles - below, 1)
         begin = jnp.maximum(begin, span.begin)
         low = span.tiles - lax.div(jnp.maximum(begin - span.origin, 0) + (block - 1), block)
         # Where a page in use is not in the cache, no tile goes unmasked.
         plain = jnp.where(span.absent != 0, span.tiles, plain)
-        return cls(short.astype(jnp.int32), plain, jnp.maximum(low, plain))
+        low = jnp.maximum(low, plain)
+        last_keys = span.end - span.origin - (span.tiles - 1) * block
+        short = (last_keys <= static.config.short_kv) & (plain == 1) & (low > 1)
+        return cls(short.astype(jnp.int32), plain, low)
 
 
 class Unit(NamedTuple):
