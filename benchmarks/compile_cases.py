@@ -360,6 +360,7 @@ CASES = (
     _case("prefill bf16 32/8 d256 p16", _prefill, 32, 8, 256, 16),
     _case("prefill bf16 32/8 d128 p16 32x4", _prefill, 32, 8, 128, 16, batch=32, new=4, hot=True),
     _case("prefill bf16 32/8 d128 p16 8x4", _prefill, 32, 8, 128, 16, batch=8, new=4, hot=True),
+    _case("prefill bf16 32/8 d128 p16 1x16", _prefill, 32, 8, 128, 16, batch=1, new=16, hot=True),
     _case("prefill bf16 32/8 d64 p16 32x16", _prefill, 32, 8, 64, 16, batch=32, new=16, hot=True),
     _case("prefill bf16 32/8 d256 p16 32x16", _prefill, 32, 8, 256, 16, batch=32, new=16),
     _case("prefill bf16 32/32 d128 p16 32x4", _prefill, 32, 32, 128, 16, batch=32, new=4),

@@ -9,6 +9,7 @@ import pytest
 from helpers import Paged, assert_lse, assert_rivals, dense_batch, make_paged, rounded, same_bits
 
 import jaxattn as ja
+from jaxattn.kernels.triton import _split_merge
 from jaxattn.kernels.triton import attention as kernel
 from jaxattn.work_list import WorkItem
 
@@ -377,6 +378,30 @@ def test_many_states_are_merged_in_teams(monkeypatch):
     ]
     most = [int(plan.items[:, WorkItem._fields.index("num_splits")].max()) for plan in plans]
     assert list(zip(most, teams)) == [(42, 16), (11, 8), (102, 96)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "group, kh, head_dim, kv_lens, qo_lens",
+    [
+        (8, 1, 128, [1800, 20, 0], [8, 2, 0]),
+        (3, 2, 64, [1200, 513], [20, 17]),  # rows that are no multiple of the splits
+        (4, 2, 80, [900], [33]),  # tiles of 64 rows and of 4
+    ],
+)
+def test_few_tall_tiles_are_merged_by_a_kernel_of_their_own(
+    monkeypatch, group, kh, head_dim, kv_lens, qo_lens
+):
+    monkeypatch.setattr(_split_merge, "num_sms", lambda: 132)
+    apart = []
+    merge_apart = kernel.merge_apart
+    monkeypatch.setattr(
+        kernel, "merge_apart", lambda *a, **how: apart.append(a) or merge_apart(*a, **how)
+    )
+    paged = make_paged(kv_lens, page_size=16, num_kv_heads=kh, head_dim=head_dim)
+    how = dict(backend="interpret", num_sms=132)
+    check_prefill(paged, qo_lens, jnp.bfloat16, group=group, causal=True, **how)
+    assert apart
 
 
 @pytest.mark.parametrize("wgmma", [True, False])

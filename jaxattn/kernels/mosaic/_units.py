@@ -38,7 +38,7 @@ class Statics:
 class Phases(NamedTuple):
     """The tiles of a unit, counted from the last: masked are 0 .. plain - 1 and those from `low` on. int32 scalars."""
 
-    short: jax.Array  # 1: of tile 0 `Config.short_kv` keys are enough, and tile 1 is not masked; else 0
+    short: jax.Array  # 1: `Config.short_kv` keys of tile 0 are enough, and tile 1 has no mask; or 0
     plain: jax.Array  # at least 1
     low: jax.Array
 

@@ -1,10 +1,12 @@
 """Split tiles: each program leaves its partial state, and whichever finishes last merges a tile's states.
 
-Where they are many, the last of each team of programs merges the team's before. The order is that of the splits,
-whoever is last: results do not depend on timing.
+Where they are many, the last of each team of programs merges the team's before; and where a few tall tiles have many, a
+kernel of its own does, whose programs share a tile's rows. The order is that of the splits, whoever is last: results do
+not depend on timing.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,10 +14,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxattn.device import num_sms
+from jaxattn.kernels.triton._keys import divmod_by
+from jaxattn.kernels.triton._launch import launch, like
 from jaxattn.kernels.triton._rows import pow2
 from jaxattn.kernels.triton.merge import merge_rows
 from jaxattn.kernels.triton.tiles import Config
 from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, AttentionPlan
+from jaxattn.spec import AttentionSpec
 from jaxattn.work_list import WorkItem
 
 Store = Callable[..., None]  # (r, o, lse, chosen=True): rows r of the tile's output, where chosen
@@ -30,6 +36,7 @@ class Merging:
     # More states than these are merged in teams of so many, each by its last program, and then those of the teams;
     # None: never. It decides how the result is rounded: with fixed splits it must not depend on the batch.
     team: int | None
+    apart: bool = False  # by a kernel of its own
 
     @classmethod
     def of(
@@ -45,12 +52,18 @@ class Merging:
         if not plan.num_slots:
             return None
         group = plan.num_qo_heads // plan.num_kv_heads
+        tiles = max(plan.batch_size, plan.num_qo_tokens * group // MID_ROWS)
+        few = tiles * plan.num_kv_heads <= num_sms() // 4
+        if few and plan.block_rows == MID_ROWS and not plan.is_decode:
+            # They have 8 splits and more, and 64 rows are long for one program: 16 on 16384, 32 splits, 35.4 us, and
+            # so 25.4; 16 on 4096, 8 splits, 18.5 and 15.7. A decode's splits may be fixed, such a prefill's are not.
+            return cls(4, 16, team=None, apart=True)
         most = min(group, config.block_rows) if plan.is_decode else config.block_rows
         # 64 elements a thread: half of what the accumulator of the largest tiles takes.
         elements = 2048 * config.num_warps // pow2(head_dim)
         if config.block_rows == MID_ROWS and wgmma:
-            # Half the accumulator, twice the states. 16 on 16384, 32 splits: 35.6 us; in one step 40.6, and of 2 states
-            # 48.8. 32 on 32768: teams of 8 63.4, of 4 58.6; but 16 on 4096: 18.3 and 20.1.
+            # Half the accumulator, twice the states; measured with few tiles, which are merged apart since
+            # (`benchmarks/results/h200_sweeps_attention.txt`).
             return cls(min(pow2(most), elements // 2), 4, team=8)
         if config.block_rows > MAX_FEW_ROWS:
             # 512 on 32768, two splits: 589 us; 16 rows of 4 states 603, twice as many elements 598. The mere code for
@@ -79,7 +92,7 @@ class Partials:
     lse_ref: jax.Ref  # float32 [num_slots * columns * r]
     # int32 [num_slots * columns]: how many programs of a tile, or of a team, have arrived, at its first slot; how many
     # teams, at the tile's second.
-    arrivals_ref: jax.Ref
+    arrivals_ref: jax.Ref | None  # None where they are merged apart
     column: jax.Array  # the program's place among those of an item
     columns: int
     block_rows: int
@@ -90,7 +103,10 @@ class Partials:
     def team(self) -> int | None:
         """None, without code for teams, where no tile has as many splits."""
         team = self.merging.team
-        return team if team and self.arrivals_ref.shape[0] // self.columns > team else None
+        if not team:
+            return None
+        assert self.arrivals_ref is not None
+        return team if self.arrivals_ref.shape[0] // self.columns > team else None
 
     def merge(
         self,
@@ -140,6 +156,8 @@ class Partials:
             jax.lax.fori_loop(0, blocks, some_rows, None)
 
         store_partial(item.split, r, o, lse)
+        if self.merging.apart:
+            return
         team = self.team
         if not team:
 
@@ -168,3 +186,95 @@ class Partials:
                 @pl.when(is_last(1, num_teams))
                 def _():
                     merge(0, team, num_teams, store)
+
+
+def token_and_row(
+    spec: AttentionSpec, head: jax.Array, packed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of packed rows for a KV head: their query token, and their row of q and o."""
+    token, member = divmod_by(packed, spec.group)
+    return token, (token * spec.num_kv_heads + head) * spec.group + member
+
+
+def _merge_kernel(
+    items_ref,  # int32 [w, 10]
+    o_partial_ref,  # as in `Partials`
+    lse_partial_ref,
+    whole_o_ref,  # o_ref's memory, with the tiles that are not split
+    whole_lse_ref,
+    o_ref,  # [t * h, dv]
+    lse_ref,  # float32 [t * h]
+    *,
+    spec: AttentionSpec,
+    merging: Merging,
+    block_rows: int,
+    parts: int,
+):
+    """Each split's program merges a share of its tile's rows."""
+    column, work = pl.program_id(0), pl.program_id(1)
+    item = WorkItem(*(items_ref[work, i] for i in range(len(WorkItem._fields))))
+    head, part = divmod_by(column, parts)
+    columns = spec.num_kv_heads * parts
+    begin = item.row_begin + part * block_rows
+    num_rows = jnp.clip(item.row_end - begin, 0, block_rows)
+    share = (num_rows + item.num_splits - 1) // item.num_splits
+    first = item.split * share
+    end = jnp.minimum(first + share, num_rows)
+
+    def some_rows(i, _):
+        r = first + i * merging.rows + jnp.arange(merging.rows, dtype=jnp.int32)
+        mine = r < end
+        o, lse = merge_rows(
+            o_partial_ref,
+            lse_partial_ref,
+            (item.slot * columns + column) * block_rows + jnp.where(mine, r, first),
+            columns * block_rows,
+            item.num_splits,
+            block=merging.states,
+            empty_may_hold_anything=False,
+        )
+        _, row = token_and_row(spec, head, begin + r)
+        cols = jnp.arange(o.shape[1], dtype=jnp.int32)
+        inside = mine[:, None] & (cols < o_ref.shape[1])[None, :]
+        plgpu.store(o_ref.at[row[:, None], cols[None, :]], o.astype(o_ref.dtype), mask=inside)
+        plgpu.store(lse_ref.at[row], lse, mask=mine)
+
+    @pl.when(item.num_splits > 1)
+    def _():
+        jax.lax.fori_loop(0, (end - first + merging.rows - 1) // merging.rows, some_rows, None)
+
+
+def merge_apart(
+    o: jax.Array,
+    lse: jax.Array,
+    o_partial: jax.Array,
+    lse_partial: jax.Array,
+    plan: AttentionPlan,
+    merging: Merging,
+    *,
+    block_rows: int,
+    name: str,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """(o [t * h, dv], lse [t * h]) with the rows of split tiles, whose states the partial ones are."""
+    parts = plan.block_rows // block_rows
+    merged = launch(
+        functools.partial(
+            _merge_kernel, spec=plan.spec, merging=merging, block_rows=block_rows, parts=parts
+        ),
+        dict(
+            items_ref=plan.items,
+            o_partial_ref=o_partial,
+            lse_partial_ref=lse_partial,
+            whole_o_ref=o,
+            whole_lse_ref=lse,
+        ),
+        dict(o_ref=like(o), lse_ref=like(lse)),
+        name=f"{name}_merge",
+        grid=(plan.num_kv_heads * parts, plan.items.shape[0]),
+        num_warps=4,
+        num_stages=1,
+        interpret=interpret,
+        aliases=dict(whole_o_ref="o_ref", whole_lse_ref="lse_ref"),
+    )
+    return merged["o_ref"], merged["lse_ref"]

@@ -31,7 +31,7 @@ from jaxattn.kernels.triton._launch import Out, launch
 from jaxattn.kernels.triton._limits import Bits, RowLimits
 from jaxattn.kernels.triton._online_softmax import OnlineSoftmax
 from jaxattn.kernels.triton._rows import pow2
-from jaxattn.kernels.triton._split_merge import Merging, Partials
+from jaxattn.kernels.triton._split_merge import Merging, Partials, merge_apart, token_and_row
 from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 from jaxattn.kv_scales import FP8_DTYPES, SMALLEST, KVScales
@@ -91,15 +91,10 @@ def _attention_kernel(
         kv_end = jnp.where(begin < end, item.kv_end, item.kv_begin)
         return item._replace(row_begin=begin, row_end=end, kv_end=kv_end)
 
-    def token_and_row(row):
-        """Of packed rows: their query token, and their row of q and o."""
-        token, member = divmod_by(row, group)
-        return token, (token * spec.num_kv_heads + head) * group + member
-
     # 1. The rows of this program.
     item = read_item()
     r = jnp.arange(block_rows, dtype=jnp.int32)
-    token, q_row = token_and_row(item.row_begin + r)
+    token, q_row = token_and_row(spec, head, item.row_begin + r)
     owned = item.row_begin + r < item.row_end
     d = q_ref.shape[1]
     cols = jnp.arange(pow2(d), dtype=jnp.int32)
@@ -220,7 +215,8 @@ def _attention_kernel(
         plgpu.store(lse_ref.at[row], lse, mask=owned)
 
     def store(r, o, lse, chosen=True):
-        store_at(o_ref, lse_ref, token_and_row(item.row_begin + r)[1], r, o, lse, chosen)
+        row = token_and_row(spec, head, item.row_begin + r)[1]
+        store_at(o_ref, lse_ref, row, r, o, lse, chosen)
 
     store(r, o, lse, item.num_splits == 1)
     merging = static.merging
@@ -347,7 +343,7 @@ def _attention(
     if merging:
         o_partial = Out((columns * config.block_rows, dv), jnp.float32)
         lse_partial = Out((columns * config.block_rows,), jnp.float32)
-        arrivals = Out((columns,), jnp.int32)
+        arrivals = None if merging.apart else Out((columns,), jnp.int32)
     out = launch(
         functools.partial(
             _attention_kernel,
@@ -389,7 +385,7 @@ def _attention(
             score_mods=tuple(score_mods),
             scale_refs=jax.tree.map(lambda x: x.reshape(-1), scales),
             # XLA writes the zeros of all the layers of a step in one kernel.
-            no_arrivals_ref=jnp.zeros(columns, jnp.int32) if merging else None,
+            no_arrivals_ref=jnp.zeros(columns, jnp.int32) if arrivals else None,
         ),
         dict(
             o_ref=Out((t * h, dv), out_dtype),
@@ -403,6 +399,19 @@ def _attention(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-        aliases=dict(no_arrivals_ref="arrivals_ref") if merging else None,
+        aliases=dict(no_arrivals_ref="arrivals_ref") if arrivals else None,
     )
-    return out["o_ref"].reshape(t, h, dv), out["lse_ref"].reshape(t, h)
+    o, lse = out["o_ref"], out["lse_ref"]
+    if merging and merging.apart:
+        o, lse = merge_apart(
+            o,
+            lse,
+            out["o_partial_ref"],
+            out["lse_partial_ref"],
+            plan,
+            merging,
+            block_rows=config.block_rows,
+            name=name,
+            interpret=interpret,
+        )
+    return o.reshape(t, h, dv), lse.reshape(t, h)
