@@ -122,9 +122,12 @@ def dense_attention(q, k, v, *, sm_scale, causal, dtype, score_dtype=None):
         return np.zeros((t, h, d), np.float32), np.full((t, h), -np.inf, np.float32)
     exact = np.float64 if dtype == np.float64 else np.float32
     q, k, v = (x.swapaxes(0, 1).astype(exact) for x in (q, k, v))
-    k, v = (np.repeat(x, h // kh, axis=0) for x in (k, v))
+
+    def multiply(x, y):  # [h, m, n] and each KV head's [n, l]
+        return (x.reshape(kh, h // kh * t, x.shape[-1]) @ y).reshape(h, t, y.shape[-1])
+
     score_dtype = score_dtype or dtype
-    scores = rounded(q @ k.swapaxes(1, 2), score_dtype)
+    scores = rounded(multiply(q, k.swapaxes(1, 2)), score_dtype)
     scores = rounded(scores * exact(sm_scale), score_dtype)
     if causal:
         seen = np.arange(s)[None, :] <= np.arange(t)[:, None] + s - t
@@ -133,7 +136,8 @@ def dense_attention(q, k, v, *, sm_scale, causal, dtype, score_dtype=None):
     peak = np.where(np.isneginf(peak), 0, peak)
     weights = np.exp(scores - peak)
     total = weights.sum(axis=-1, keepdims=True)
-    o = rounded(rounded(weights / np.where(total == 0, 1, total), dtype) @ v, dtype)
+    p = rounded(weights / np.where(total == 0, 1, total), dtype)
+    o = rounded(multiply(p, v), dtype)
     with np.errstate(divide="ignore"):
         lse = np.log(total) + peak
     return o.swapaxes(0, 1), lse[..., 0].T

@@ -273,11 +273,10 @@ def test_paged_prefill_gpu(hopper, page_size, kh, group, head_dim, dtype, layout
         layout=layout,
         combined=combined,
     )
-    basic = (group, head_dim, dtype, layout, combined) == (4, 128, jnp.bfloat16, "NHD", False)
-    for causal in (True, False) if basic and page_size in (1, 16) else (True,):
-        check_prefill(
-            paged, QO_LENS, dtype, group=group, backend="mosaic", causal=causal, **FEW_SMS
-        )
+    how = dict(group=group, backend="mosaic", **FEW_SMS)
+    check_prefill(paged, QO_LENS, dtype, causal=True, **how)
+    if page_size == 16:  # without a mask, one size is enough
+        check_prefill(paged, QO_LENS, dtype, causal=False, **how)
 
 
 @pytest.mark.gpu
