@@ -268,6 +268,8 @@ def contiguous_attention(
     return _attention(q, arrays, source, kv_scales, plan, sinks, **how)
 
 
+# A program that calls it in each of its layers holds it once: it takes some ten seconds to lower and to assemble.
+@functools.partial(jax.jit, static_argnames=("source", "score", "name", "config"))
 def _attention(
     q: jax.Array,
     arrays: tuple[jax.Array, jax.Array],

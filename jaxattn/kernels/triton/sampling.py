@@ -24,6 +24,7 @@ what the last one left of each chunk.
 Grid: (b, chunks), and (b) to finish.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -267,6 +268,10 @@ def _finish(
     token_ref[row] = jnp.where((all_kept.high | all_kept.low) > 0, token, -1)
 
 
+def _of_rows(*, kernel, x_ref, limits, logits, config, **refs_and_statics):
+    kernel(Rows(x_ref, limits, logits, config), **refs_and_statics)
+
+
 def select(
     x: jax.Array,
     limits: Limits,
@@ -293,12 +298,9 @@ def select(
     chunks = pl.cdiv(vocab, config.chunk)
 
     def run(kernel, grid, inputs, outputs, **static):
-        def body(*, x_ref, limits, **refs):
-            kernel(Rows(x_ref, limits, logits, config), **refs, **static)
-
         finishes = kernel is _finish
         return launch(
-            body,
+            functools.partial(_of_rows, kernel=kernel, logits=logits, config=config, **static),
             dict(x_ref=x, limits=limits, **inputs),
             outputs,
             name=f"jaxattn_sampling{kernel.__name__}",
