@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flashinfer_cases import no_compilation
 from helpers import make_paged, same_bits
 from jax.sharding import PartitionSpec as P
 
 import jaxattn as ja
+from jaxattn.kernels.triton import attention
 
 BACKENDS = ["interpret", "xla"]
 SLOW_INTERPRETED = [pytest.param("interpret", marks=pytest.mark.slow), "xla"]
@@ -231,6 +233,33 @@ def test_gradient_is_the_references(backend):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
         assert np.abs(np.asarray(b)).max() > 0
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-4, atol=2e-5)
+
+
+def test_a_kernel_is_traced_once_for_all_layers(monkeypatch):
+    """And outside a program not anew at each call."""
+    kernel, traced = attention._attention_kernel, []
+
+    def counted(**refs):
+        traced.append(refs)
+        kernel(**refs)
+
+    monkeypatch.setattr(attention, "_attention_kernel", counted)
+    q, cache, table = decode_arguments([40, 17, 33])
+    heads = dict(num_qo_heads=q.shape[1], num_kv_heads=cache.num_kv_heads)
+    plan = jax.jit(lambda table: ja.plan_decode(table, **heads))(table)
+
+    def layer(q):
+        return ja.paged_decode(q, cache, plan, backend="interpret")
+
+    in_one_program = jax.jit(lambda q: layer(layer(layer(q))))(q)
+    assert len(traced) == 1
+    apart = layer(q)
+    with no_compilation():
+        apart = layer(layer(apart))
+    assert len(traced) == 1
+    np.testing.assert_allclose(
+        apart.astype(jnp.float32), in_one_program.astype(jnp.float32), **ONE_ULP
+    )
 
 
 def test_lengths_never_recompile():
