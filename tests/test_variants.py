@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_lse, assert_rivals, make_paged, rounded, with_scales
+from helpers import assert_lse, assert_rivals, make_paged, rounded, same_bits, with_scales
 from variants import (
     Variant,
     attend,
@@ -319,6 +319,26 @@ def test_a_score_mod_is_the_library_s_own():
     users = ja.ragged_prefill(q, k, v, plan, score_mod=mod, score_mod_arrays=[slopes], **how)
     for a, b in zip(ours, users, strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_score_mod_reads_may_change_between_calls(backend):
+    paged = make_paged([40, 17], page_size=16)
+    plan = ja.plan_decode(paged.table, num_qo_heads=4, num_kv_heads=2)
+    q = jnp.ones((2, 4, 64), jnp.bfloat16)
+    factor = 1.0
+
+    def mod(score, *_):
+        return score * factor
+
+    def attend():
+        return ja.paged_decode(q, paged.cache, plan, score_mod=mod, backend=backend)
+
+    before = attend()
+    factor = 0.0
+    assert not same_bits(attend(), before)
+    mean = [np.repeat(v.mean(axis=0), 2, axis=0) for v in paged.v]
+    np.testing.assert_allclose(attend().astype(jnp.float32), mean, atol=0.01)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

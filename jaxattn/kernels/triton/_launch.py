@@ -48,7 +48,7 @@ def launch(
       num_stages: depth of software pipelining of loads in loops.
       interpret: run it as plain JAX on any platform.
       aliases: input -> output that shares its buffers (in place where the input is donated).
-      shared: False where kernel is bound to what must not be kept, and so is new at each call.
+      shared: False where kernel or inputs hold a function that must not be kept, or may do otherwise at its next call.
 
     Returns:
       The outputs, by name.

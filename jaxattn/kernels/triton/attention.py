@@ -400,6 +400,7 @@ def _attention(
         num_stages=config.num_stages,
         interpret=interpret,
         aliases=dict(no_arrivals_ref="arrivals_ref") if arrivals else None,
+        shared=not score_mods,  # between calls, what a user's function reads may change
     )
     o, lse = out["o_ref"], out["lse_ref"]
     if merging and merging.apart:
