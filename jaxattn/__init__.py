@@ -50,12 +50,12 @@ from jaxattn.flashinfer import (
 from jaxattn.flashinfer import top_k_renorm_probs as top_k_renorm_probs
 from jaxattn.flashinfer import top_p_renorm_probs as top_p_renorm_probs
 from jaxattn.kv_cache import PagedKVCache as PagedKVCache
-from jaxattn.kv_cache import PageTable as PageTable
 from jaxattn.kv_scales import KVScales as KVScales
 from jaxattn.model_step import Step as Step
 from jaxattn.model_step import attend as attend
 from jaxattn.model_step import begin_step as begin_step
 from jaxattn.operands import MaskBits as MaskBits
+from jaxattn.page_table import PageTable as PageTable
 from jaxattn.plan import AttentionPlan as AttentionPlan
 from jaxattn.prefill_plan import plan_prefill as plan_prefill
 from jaxattn.prefill_plan import plan_ragged_prefill as plan_ragged_prefill

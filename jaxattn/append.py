@@ -17,7 +17,8 @@ from jaxattn.checks import (
 from jaxattn.dispatch import dispatch
 from jaxattn.kernels.triton import append as kernels
 from jaxattn.kernels.triton import rope_append as fused_kernels
-from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.kv_cache import PagedKVCache
+from jaxattn.page_table import PageTable
 
 
 def check_table(page_table: PageTable, cache: PagedKVCache) -> PageTable:

@@ -12,7 +12,7 @@ from jax import Array
 from jaxattn.device import num_sms as default_num_sms
 from jaxattn.dispatch import dispatch
 from jaxattn.kernels.triton.one_program import in_one_program
-from jaxattn.kv_cache import PageTable
+from jaxattn.page_table import PageTable
 from jaxattn.plan import (
     MID_ROWS,
     MIN_ROWS,

@@ -27,8 +27,9 @@ from jaxattn.checks import (
     copied_from_host,
 )
 from jaxattn.decode_plan import plan_decode
-from jaxattn.kv_cache import PageTable, as_pool
+from jaxattn.kv_cache import as_pool
 from jaxattn.padded import of_runs, run_indptr
+from jaxattn.page_table import PageTable
 from jaxattn.plan import AttentionPlan
 from jaxattn.prefill_plan import plan_prefill
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxattn.checks import check_positive
-from jaxattn.kv_cache import PageTable
+from jaxattn.page_table import PageTable
 from jaxattn.spec import AttentionSpec
 from jaxattn.visits import PlannedMask
 from jaxattn.work_list import KV_BLOCK, Splitting, may_split

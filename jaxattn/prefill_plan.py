@@ -15,8 +15,8 @@ from jaxattn.checks import (
     copied_from_host,
 )
 from jaxattn.device import num_sms as default_num_sms
-from jaxattn.kv_cache import PageTable
 from jaxattn.operands import MaskBits
+from jaxattn.page_table import PageTable
 from jaxattn.plan import (
     MAX_ROWS,
     MID_ROWS,

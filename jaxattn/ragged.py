@@ -19,7 +19,8 @@ from jaxattn.checks import (
     check_shape,
     copied_from_host,
 )
-from jaxattn.kv_cache import PageTable, as_pool
+from jaxattn.kv_cache import as_pool
+from jaxattn.page_table import PageTable
 from jaxattn.plan import AttentionPlan
 from jaxattn.prefill_plan import plan_prefill
 

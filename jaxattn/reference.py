@@ -18,9 +18,10 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.kv_cache import PagedKVCache
 from jaxattn.kv_scales import KVScales, largest, own_scale, stored
 from jaxattn.operands import ScoreMod, modified
+from jaxattn.page_table import PageTable
 from jaxattn.plan import AttentionPlan
 from jaxattn.spec import FAR, Score
 from jaxattn.work_list import expand

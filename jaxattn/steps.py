@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxattn.kv_cache import get_batch_indices_positions
 from jaxattn.models import decoder
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.weights import Params
+from jaxattn.page_table import get_batch_indices_positions
 from jaxattn.sampling import sampling_from_logits
 
 

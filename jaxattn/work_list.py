@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxattn.kv_cache import PageTable
+from jaxattn.page_table import PageTable
 
 KV_BLOCK = 128  # keys; splits that are not fixed are cut at multiples of it, which every kernel tile divides
 # The least share of tall tiles: a split writes and merges rows that cost more than the keys it saves. H200, prefill of

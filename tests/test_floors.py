@@ -22,7 +22,7 @@ FLOORS = [
     ],
     ["kernels.triton.one_program"],
     ["kv_scales", "spec"],
-    ["kv_cache"],
+    ["kv_cache", "page_table"],
     ["dispatch", "operands", "work_list"],
     ["visits"],
     ["plan"],

@@ -25,8 +25,9 @@ from jaxattn.flashinfer.logits import Logits
 from jaxattn.flashinfer.masks import CustomMask
 from jaxattn.flashinfer.options import flashinfer_options
 from jaxattn.flashinfer.programs import Scales, attend
-from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.kv_cache import PagedKVCache
 from jaxattn.merge import LSE_BASES
+from jaxattn.page_table import PageTable
 from jaxattn.plan import AttentionPlan
 from jaxattn.spec import Visible
 

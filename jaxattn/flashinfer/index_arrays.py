@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxattn.checks import check_index
-from jaxattn.kv_cache import PageTable
+from jaxattn.page_table import PageTable
 
 Indices = Array | np.ndarray | Sequence[int]
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxattn import append, kv_cache
+from jaxattn import append, page_table
 from jaxattn.checks import check_host_indptr, check_host_page_table
 from jaxattn.flashinfer.index_arrays import Indices, index_array
 from jaxattn.flashinfer.options import Unwritable, flashinfer_options
-from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.kv_cache import PagedKVCache
+from jaxattn.page_table import PageTable
 
 
 def get_seq_lens(kv_indptr: Indices, kv_last_page_len: Indices, page_size: int) -> Array:
@@ -28,7 +29,7 @@ def get_seq_lens(kv_indptr: Indices, kv_last_page_len: Indices, page_size: int) 
     kv_last_page_len = index_array("kv_last_page_len", kv_last_page_len, "b")
     kv_indptr = index_array("kv_indptr", kv_indptr, len(kv_last_page_len) + 1)
     check_host_page_table(kv_indptr, None, kv_last_page_len, page_size)
-    return kv_cache.get_seq_lens(jnp.asarray(kv_indptr), jnp.asarray(kv_last_page_len), page_size)
+    return page_table.get_seq_lens(jnp.asarray(kv_indptr), jnp.asarray(kv_last_page_len), page_size)
 
 
 @flashinfer_options(seq_lens=None, batch_indices=Unwritable(), positions=Unwritable())
@@ -59,7 +60,7 @@ def get_batch_indices_positions(
     seq_lens = index_array("seq_lens", seq_lens, "b")
     append_indptr = index_array("append_indptr", append_indptr, len(seq_lens) + 1)
     check_host_indptr("append_indptr", append_indptr)
-    return kv_cache.get_batch_indices_positions(
+    return page_table.get_batch_indices_positions(
         jnp.asarray(append_indptr), jnp.asarray(seq_lens), nnz
     )
 

@@ -16,8 +16,9 @@ from jaxattn.decode_plan import plan_decode
 from jaxattn.flashinfer.arguments import check_scale_of
 from jaxattn.flashinfer.logits import Logits, alibi_slopes
 from jaxattn.flashinfer.masks import CustomMask
-from jaxattn.kv_cache import PagedKVCache, PageTable, get_batch_indices_positions
+from jaxattn.kv_cache import PagedKVCache
 from jaxattn.kv_scales import KVScales
+from jaxattn.page_table import PageTable, get_batch_indices_positions
 from jaxattn.plan import AttentionPlan
 from jaxattn.prefill_plan import plan_prefill, plan_ragged_prefill
 

@@ -24,13 +24,14 @@ from jaxattn.append import rope_append_paged_kv_cache
 from jaxattn.attention import paged_decode, paged_prefill
 from jaxattn.checks import check_positive
 from jaxattn.decode_plan import plan_decode
-from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.kv_cache import PagedKVCache
 from jaxattn.kv_scales import FP8_DTYPES
 from jaxattn.models.config import DecoderConfig
 from jaxattn.models.layer_spec import LayerSpec
 from jaxattn.models.linear import matmul
 from jaxattn.models.weights import Layer, Params
 from jaxattn.norm import fused_add_rmsnorm, rmsnorm
+from jaxattn.page_table import PageTable
 from jaxattn.plan import AttentionPlan
 from jaxattn.prefill_plan import plan_prefill
 from jaxattn.rope import precompute_freqs_cis

@@ -17,8 +17,9 @@ from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import launch, like
 from jaxattn.kernels.triton._page_slots import Pages, PageSlots, given_scales, rows_of, with_rows
 from jaxattn.kernels.triton._rows import Rows, block_of, load, pow2
-from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.kv_cache import PagedKVCache
 from jaxattn.kv_scales import FP8_DTYPES
+from jaxattn.page_table import PageTable
 
 
 @dataclasses.dataclass(frozen=True)

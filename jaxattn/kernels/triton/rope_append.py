@@ -26,7 +26,8 @@ from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import Out, launch, like
 from jaxattn.kernels.triton._page_slots import Pages, PageSlots, given_scales, rows_of, with_rows
 from jaxattn.kernels.triton._rows import Rows, block_of, load
-from jaxattn.kv_cache import PagedKVCache, PageTable
+from jaxattn.kv_cache import PagedKVCache
+from jaxattn.page_table import PageTable
 
 
 def _rope_append_kernel(
