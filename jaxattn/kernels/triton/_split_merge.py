@@ -57,7 +57,7 @@ class Merging:
         if few and plan.block_rows == MID_ROWS and not plan.is_decode:
             # They have 8 splits and more, and 64 rows are long for one program: 16 on 16384, 32 splits, 35.4 us, and
             # so 25.4; 16 on 4096, 8 splits, 18.5 and 15.7. A decode's splits may be fixed, such a prefill's are not.
-            return cls(4, 16, team=None, apart=True)
+            return cls(4, min(16, 2048 // pow2(head_dim)), team=None, apart=True)
         most = min(group, config.block_rows) if plan.is_decode else config.block_rows
         # 64 elements a thread: half of what the accumulator of the largest tiles takes.
         elements = 2048 * config.num_warps // pow2(head_dim)
