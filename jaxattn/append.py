@@ -161,7 +161,7 @@ def rope_append_paged_kv_cache(
             check_norm_weight(name, weight, d, heads[0])
     elif q_norm_weight is not None or k_norm_weight is not None:
         raise ValueError("q_norm_weight and k_norm_weight must come together; got one of them")
-    how: dict[str, Any] = dict(interleave=not is_neox, eps=eps)
+    how: dict[str, Any] = dict(interleave=not is_neox, eps=float(eps))
     return dispatch(
         "xla" if t == 0 else backend,
         functools.partial(fused_kernels.rope_append, **how),

@@ -89,7 +89,7 @@ def _rmsnorm(
     backend: str | None,
 ) -> tuple[Array, ...]:
     """The norm of one input, or of the sum of two and that sum."""
-    x = inputs[0]
+    x, eps = inputs[0], float(eps)
     check_float("input", x)
     if x.ndim < 1:
         raise ValueError("input must have shape [..., hidden]; got a scalar")

@@ -382,26 +382,43 @@ def test_many_states_are_merged_in_teams(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "group, kh, head_dim, kv_lens, qo_lens",
+    "group, head_dim, kv_lens, qo_lens, rows_and_splits",
     [
-        (8, 1, 128, [1800, 20, 0], [8, 2, 0]),
-        (3, 2, 64, [1200, 513], [20, 17]),  # rows that are no multiple of the splits
-        (4, 2, 80, [900], [33]),  # tiles of 64 rows and of 4
+        (8, 128, [1800, 20, 0], [8, 2, 0], {(64, 4)}),
+        (5, 64, [1300, 1300], [9, 1], {(45, 3), (5, 3)}),
+        (1, 64, [2600, 2600], [40, 1], {(40, 5), (1, 5)}),
+        (4, 136, [900], [33], {(64, 2), (4, 2)}),  # in float32 64 rows are two parts of 32
     ],
 )
 def test_few_tall_tiles_are_merged_by_a_kernel_of_their_own(
-    monkeypatch, group, kh, head_dim, kv_lens, qo_lens
+    monkeypatch, group, head_dim, kv_lens, qo_lens, rows_and_splits
 ):
     monkeypatch.setattr(_split_merge, "num_sms", lambda: 132)
-    apart = []
+    parts = []
     merge_apart = kernel.merge_apart
-    monkeypatch.setattr(
-        kernel, "merge_apart", lambda *a, **how: apart.append(a) or merge_apart(*a, **how)
+
+    def recorded(*args, block_rows, **how):
+        parts.append(ja.plan.MID_ROWS // block_rows)
+        return merge_apart(*args, block_rows=block_rows, **how)
+
+    monkeypatch.setattr(kernel, "merge_apart", recorded)
+    dtype = jnp.float32 if head_dim == 136 else jnp.bfloat16
+    paged = make_paged(kv_lens, page_size=16, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
+    check_prefill(paged, qo_lens, dtype, group=group, backend="interpret", causal=True, num_sms=132)
+    assert parts == [2 if head_dim == 136 else 1]
+    plan = ja.plan_prefill(
+        jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32),
+        paged.table,
+        num_qo_tokens=sum(qo_lens) + 3,
+        num_qo_heads=group,
+        num_kv_heads=1,
+        num_sms=132,
     )
-    paged = make_paged(kv_lens, page_size=16, num_kv_heads=kh, head_dim=head_dim)
-    how = dict(backend="interpret", num_sms=132)
-    check_prefill(paged, qo_lens, jnp.bfloat16, group=group, causal=True, **how)
-    assert apart
+    begin, end, splits = (
+        plan.items[:, WorkItem._fields.index(name)].tolist()
+        for name in ("row_begin", "row_end", "num_splits")
+    )
+    assert {(e - b, n) for b, e, n in zip(begin, end, splits) if n > 1} == rows_and_splits
 
 
 @pytest.mark.parametrize("wgmma", [True, False])

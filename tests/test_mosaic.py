@@ -131,11 +131,13 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
         seen = visible.begin(i32(first))
         span = source.span(item, seen, (i32(0), i32(999)) if paged else None)
         assert int(span.begin) == max(begin, int(seen))
-        short, plain, low = Phases.of(static, item, span)
+        short, plain, low = phases = Phases.of(static, item, span)
         tiles, origin = int(span.tiles), int(span.origin)
         # A short last tile holds all keys that are left, and the next tile is not masked.
         few = end - origin - (tiles - 1) * block <= block // 2
         assert int(short) == (few and int(plain) == 1 < int(low))
+        done = [i for ends in phases.ranges(tiles) for i in range(*map(int, ends))]
+        assert sorted([*range(1 + int(short)), *done]) == list(range(tiles))
         assert origin <= begin and origin + tiles * block >= end
         assert 1 <= int(plain) <= int(low)
         if not paged:

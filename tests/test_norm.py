@@ -122,6 +122,15 @@ def test_norm_on_gpu(check, shape, dtype, weight_dtype, scale):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_eps_may_be_an_array_without_axes(backend):
+    x, weight = normal((3, 96), bf16), normal((96,), bf16, seed=1)
+    want = ja.rmsnorm(x, weight, 0.5, backend=backend)
+    for eps in (np.array(0.5), jnp.float32(0.5)):
+        assert same(ja.rmsnorm(x, weight, eps, backend=backend), want)
+        assert same(ja.fused_add_rmsnorm(x, 0 * x, weight, eps, backend=backend)[0], want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gemma_adds_one_to_the_weight(backend):
     x, residual = normal((3, 96), bf16), normal((3, 96), bf16, seed=1)
     # 2^-12 is lost where 1 + weight is rounded to bfloat16.

@@ -207,10 +207,11 @@ class Computing:
 
             short_kv = self.static.config.short_kv
             carry = lax.cond(phases.short != 0, short, whole) if short_kv else whole()
-            carry = lax.fori_loop(1, phases.plain, masked, carry)
-            carry = lax.fori_loop(phases.plain + phases.short, phases.low, plain, carry)
+            steps = [masked, plain]
             if self.static.spec.visible.window_left is not None or not source.paged:
-                carry = lax.fori_loop(phases.low, tiles, masked, carry)
+                steps.append(masked)
+            for tiles_step, (begin, end) in zip(steps, phases.ranges(tiles)):
+                carry = lax.fori_loop(begin, end, tiles_step, carry)
             m, l, p = carry
             wait_plain_values(tiles - 1)
             multiply_values(o_acc, p, tiles - 1)

@@ -5,6 +5,7 @@ ones, to whom nothing of the work list in device memory is known.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,12 @@ class Phases(NamedTuple):
         last_keys = span.end - span.origin - (span.tiles - 1) * block
         short = (last_keys <= static.config.short_kv) & (plain == 1) & (low > 1)
         return cls(short.astype(jnp.int32), plain, low)
+
+    def ranges(self, tiles: Any) -> Iterator[tuple[Any, Any]]:
+        """(first, end) of the tiles after tile 0, and after tile 1 behind a short one: masked, plain, masked."""
+        yield 1, self.plain
+        yield self.plain + self.short, self.low
+        yield self.low, tiles
 
 
 class Unit(NamedTuple):

@@ -39,7 +39,8 @@ def launch(
     is compiled once.
 
     Args:
-      kernel: a function of a module, and what it is compiled for, hashable.
+      kernel: a `functools.partial` of a function that a module defines, with what it is compiled for as keyword
+        arguments, which are hashable.
       inputs: arrays, or pytrees of them, by the name that the kernel gives them; None stays None.
       outputs: `Out`s, or pytrees of them, likewise.
       name: how profiles and dumps call it.
@@ -48,11 +49,13 @@ def launch(
       num_stages: depth of software pipelining of loads in loops.
       interpret: run it as plain JAX on any platform.
       aliases: input -> output that shares its buffers (in place where the input is donated).
-      shared: False where kernel or inputs hold a function that must not be kept, or may do otherwise at its next call.
+      shared: False where kernel or inputs hold a function that was made for this call: the cache that launches share
+        would keep the arrays it refers to, and would not see that what it reads has changed.
 
     Returns:
       The outputs, by name.
     """
+    assert not kernel.args, "what is static goes by keyword"
     args, arg_tree = jax.tree.flatten(list(inputs.values()))
     outs, out_tree = jax.tree.flatten(list(outputs.values()))
     if not interpret:

@@ -1,7 +1,7 @@
 """Split tiles: each program leaves its partial state, and whichever finishes last merges a tile's states.
 
-Where they are many, the last of each team of programs merges the team's before; and where a few tall tiles have many, a
-kernel of its own does, whose programs share a tile's rows. The order is that of the splits, whoever is last: results do
+Where they are many, the last of each team of programs merges the team's before. Few tall tiles are merged apart, by a
+second kernel whose programs share a tile's rows. The order is that of the splits, whoever is last: results do
 not depend on timing.
 """
 
@@ -55,15 +55,16 @@ class Merging:
         tiles = max(plan.batch_size, plan.num_qo_tokens * group // MID_ROWS)
         few = tiles * plan.num_kv_heads <= num_sms() // 4
         if few and plan.block_rows == MID_ROWS and not plan.is_decode:
-            # They have 8 splits and more, and 64 rows are long for one program: 16 on 16384, 32 splits, 35.4 us, and
-            # so 25.4; 16 on 4096, 8 splits, 18.5 and 15.7. A decode's splits may be fixed, such a prefill's are not.
+            # Of many keys they have 8 splits and more, and 64 rows are long for one program: 16 on 16384, 32 splits,
+            # 35.4 us by the last program and 25.4 apart; 16 on 4096, 8 splits, 18.5 and 15.7; of 4 splits there is no
+            # difference. A decode's splits may be fixed, such a prefill's are not.
             return cls(4, min(16, 2048 // pow2(head_dim)), team=None, apart=True)
         most = min(group, config.block_rows) if plan.is_decode else config.block_rows
         # 64 elements a thread: half of what the accumulator of the largest tiles takes.
         elements = 2048 * config.num_warps // pow2(head_dim)
         if config.block_rows == MID_ROWS and wgmma:
-            # Half the accumulator, twice the states; measured with few tiles, which are merged apart since
-            # (`benchmarks/results/h200_sweeps_attention.txt`).
+            # Half the accumulator, twice the states: measured with few tiles, which are merged apart since
+            # (`benchmarks/results/h200_sweeps_attention.txt`), not with what is left.
             return cls(min(pow2(most), elements // 2), 4, team=8)
         if config.block_rows > MAX_FEW_ROWS:
             # 512 on 32768, two splits: 589 us; 16 rows of 4 states 603, twice as many elements 598. The mere code for
@@ -117,7 +118,7 @@ class Partials:
         store: Store,
         store_at: Callable[..., None],
     ) -> None:
-        """Leaves the state (o, lse) of rows r of a split tile; the tile's last program merges them into its output.
+        """Leaves the state (o, lse) of rows r of a split tile, which its last program merges, or `merge_apart` does.
 
         store(r, o, lse, chosen) writes the output, store_at(o_ref, lse_ref, rows, r, o, lse, chosen) other rows.
         """

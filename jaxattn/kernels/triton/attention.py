@@ -35,7 +35,7 @@ from jaxattn.kernels.triton._split_merge import Merging, Partials, merge_apart, 
 from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 from jaxattn.kv_scales import FP8_DTYPES, SMALLEST, KVScales
-from jaxattn.operands import ScoreMod, modified
+from jaxattn.operands import ScoreMod, alibi, modified
 from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, AttentionPlan
 from jaxattn.spec import AttentionSpec, Score
 from jaxattn.visits import MaskItem, PlannedMask
@@ -385,7 +385,7 @@ def _attention(
             score_mods=tuple(score_mods),
             scale_refs=jax.tree.map(lambda x: x.reshape(-1), scales),
             # XLA writes the zeros of all the layers of a step in one kernel.
-            no_arrivals_ref=jnp.zeros(columns, jnp.int32) if arrivals else None,
+            no_arrivals_ref=None if arrivals is None else jnp.zeros(columns, jnp.int32),
         ),
         dict(
             o_ref=Out((t * h, dv), out_dtype),
@@ -399,8 +399,9 @@ def _attention(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-        aliases=dict(no_arrivals_ref="arrivals_ref") if arrivals else None,
-        shared=not score_mods,  # between calls, what a user's function reads may change
+        aliases=None if arrivals is None else dict(no_arrivals_ref="arrivals_ref"),
+        # Between calls, what a user's function reads may change.
+        shared=all(mod.fn is alibi for mod in score_mods),
     )
     o, lse = out["o_ref"], out["lse_ref"]
     if merging and merging.apart:

@@ -52,6 +52,6 @@ def in_one_program(
         num_warps=4,
         num_stages=1,
         interpret=interpret,
-        shared=False,  # a function may hold arrays that it does not read
+        shared=False,  # a function of this call, which may refer to arrays that it does not read
     )["out_ref"]
     return out.reshape(num_entries, num_fields)
