@@ -45,6 +45,11 @@ class WorkItem(NamedTuple):
     slot: Array  # where the tile's num_splits partial attention states begin
     own_end: Array  # the request's keys end there: what lies behind, in a page or a row, may hold anything
 
+    @classmethod
+    def read(cls, items: Any, n: Any) -> "WorkItem":
+        """The n-th of a plan's items, an array or a kernel's ref."""
+        return cls(*(items[n, i] for i in range(len(cls._fields))))
+
 
 class Tiles(NamedTuple):
     """Tiles before they are split; int32 [any] each, fields as in `WorkItem`."""

@@ -110,6 +110,12 @@ def with_scales(paged: Paged, kind: str, *, heads=None, seed=0) -> Paged:
     return Paged(cache, paged.table, *tokens)
 
 
+def multiply_by_group(x, y):
+    """x [h, m, n] by y [kh, n, l], each KV head's for the query heads of its group: [h, m, l], through BLAS."""
+    (h, m, n), (kh, _, l) = x.shape, y.shape
+    return (x.reshape(kh, h // kh * m, n) @ y).reshape(h, m, l)
+
+
 def dense_attention(q, k, v, *, sm_scale, causal, dtype, score_dtype=None):
     """One request, q [t, h, d] and k, v [s, kh, d], every intermediate rounded to `dtype`: (o, lse).
 
@@ -122,12 +128,8 @@ def dense_attention(q, k, v, *, sm_scale, causal, dtype, score_dtype=None):
         return np.zeros((t, h, d), np.float32), np.full((t, h), -np.inf, np.float32)
     exact = np.float64 if dtype == np.float64 else np.float32
     q, k, v = (x.swapaxes(0, 1).astype(exact) for x in (q, k, v))
-
-    def multiply(x, y):  # [h, m, n] and each KV head's [n, l]
-        return (x.reshape(kh, h // kh * t, x.shape[-1]) @ y).reshape(h, t, y.shape[-1])
-
     score_dtype = score_dtype or dtype
-    scores = rounded(multiply(q, k.swapaxes(1, 2)), score_dtype)
+    scores = rounded(multiply_by_group(q, k.swapaxes(1, 2)), score_dtype)
     scores = rounded(scores * exact(sm_scale), score_dtype)
     if causal:
         seen = np.arange(s)[None, :] <= np.arange(t)[:, None] + s - t
@@ -137,7 +139,7 @@ def dense_attention(q, k, v, *, sm_scale, causal, dtype, score_dtype=None):
     weights = np.exp(scores - peak)
     total = weights.sum(axis=-1, keepdims=True)
     p = rounded(weights / np.where(total == 0, 1, total), dtype)
-    o = rounded(multiply(p, v), dtype)
+    o = rounded(multiply_by_group(p, v), dtype)
     with np.errstate(divide="ignore"):
         lse = np.log(total) + peak
     return o.swapaxes(0, 1), lse[..., 0].T

@@ -5,7 +5,7 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-from helpers import rounded
+from helpers import multiply_by_group, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +115,7 @@ def attend(variant, q, k, v, see, *, sm_scale, dtype=np.float64, score_dtype=Non
     used = see.any(axis=0)
     position = np.arange(s)[used]
     see, k, v = see[:, used], k[used].astype(exact), v[used].astype(exact)
-
-    def multiply(x, y):  # [h, m, n] and each KV head's [n, l]; through BLAS, unlike an einsum
-        return (x.reshape(kh, h // kh * t, x.shape[-1]) @ y).reshape(h, t, y.shape[-1])
-
-    qk = multiply(q.astype(exact).swapaxes(0, 1), k.transpose(1, 2, 0))
+    qk = multiply_by_group(q.astype(exact).swapaxes(0, 1), k.transpose(1, 2, 0))
     x = rounded(qk, score_dtype) * exact(sm_scale)
     i, j = np.arange(t)[None, :, None] + s - t, position[None, None, :]
     head = np.arange(h)[:, None, None]
@@ -141,7 +137,7 @@ def attend(variant, q, k, v, see, *, sm_scale, dtype=np.float64, score_dtype=Non
     weights = np.exp(x - peak)
     total = weights.sum(axis=2, keepdims=True)
     p = rounded(weights / np.where(total == 0, 1, total), dtype)
-    o = rounded(multiply(p, v.swapaxes(0, 1)).swapaxes(0, 1), dtype)
+    o = rounded(multiply_by_group(p, v.swapaxes(0, 1)).swapaxes(0, 1), dtype)
     with np.errstate(divide="ignore"):
         return o, (np.log(total) + peak)[..., 0].T
 

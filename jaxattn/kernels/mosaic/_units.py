@@ -130,7 +130,7 @@ class Schedule:
         spec = self.static.spec
         exists = n < self.num_items_ref[0] * spec.num_kv_heads
         work = lax.div(jnp.where(exists, n, 0), spec.num_kv_heads)
-        item = WorkItem(*(self.items_ref[work, i] for i in range(len(WorkItem._fields))))
+        item = WorkItem.read(self.items_ref, work)
         pages = None
         if self.page_range_ref is not None:
             pages = self.page_range_ref[0], self.page_range_ref[1]

@@ -211,9 +211,9 @@ def _merge_kernel(
     block_rows: int,
     parts: int,
 ):
-    """Each split's program merges a share of its tile's rows."""
+    """Each split's program merges a share of its tile's rows. Grid: (kh * parts, w), as `Partials.column` and items."""
     column, work = pl.program_id(0), pl.program_id(1)
-    item = WorkItem(*(items_ref[work, i] for i in range(len(WorkItem._fields))))
+    item = WorkItem.read(items_ref, work)
     head, part = divmod_by(column, parts)
     columns = spec.num_kv_heads * parts
     begin = item.row_begin + part * block_rows

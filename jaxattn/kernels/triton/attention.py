@@ -82,7 +82,7 @@ def _attention_kernel(
     tall = block_rows > MAX_FEW_ROWS
 
     def read_item():
-        item = WorkItem(*(items_ref[work, i] for i in range(len(WorkItem._fields))))
+        item = WorkItem.read(items_ref, work)
         if parts == 1:
             return item
         begin = item.row_begin + part * block_rows
