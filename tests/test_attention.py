@@ -579,12 +579,12 @@ def test_runs_give_the_same_bits_gpu(lengths, kv_heads):
             ja.plan_prefill(qo_indptr, paged.table, disable_split_kv=True, **prefill),
         ),
     ):
-        run = jax.jit(lambda q, plan, op=op: op(q, paged.cache, plan, return_lse=True))
+        run = jax.jit(functools.partial(op, return_lse=True))
         qs = [jax.random.normal(jax.random.key(i), (rows, 32, 128), jnp.bfloat16) for i in (0, 1)]
-        outputs = [run(qs[i % 2], plan) for i in range(40)]
+        outputs = [run(qs[i % 2], paged.cache, plan) for i in range(40)]
         for i, q in enumerate(qs):
             # A row that had even one state of twenty wrong would be off by 5%; rounding makes it 0.3%.
-            (o, lse), (want, want_lse) = outputs[i], run(q, whole)
+            (o, lse), (want, want_lse) = outputs[i], run(q, paged.cache, whole)
             o, want = (np.asarray(x.astype(jnp.float32)) for x in (o, want))
             error = np.linalg.norm(o - want, axis=-1) / np.linalg.norm(want, axis=-1)
             assert error.max() < 1e-2
