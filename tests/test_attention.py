@@ -9,7 +9,7 @@ import pytest
 from helpers import Paged, assert_lse, assert_rivals, dense_batch, make_paged, rounded, same_bits
 
 import jaxattn as ja
-from jaxattn.kernels.triton import _split_merge
+from jaxattn.kernels.triton import _merge_apart
 from jaxattn.kernels.triton import attention as kernel
 from jaxattn.work_list import WorkItem
 
@@ -393,7 +393,7 @@ def test_many_states_are_merged_in_teams(monkeypatch):
 def test_few_tall_tiles_are_merged_by_a_kernel_of_their_own(
     monkeypatch, group, head_dim, kv_lens, qo_lens, rows_and_splits
 ):
-    monkeypatch.setattr(_split_merge, "num_sms", lambda: 132)
+    monkeypatch.setattr(_merge_apart, "num_sms", lambda: 132)
     parts = []
     merge_apart = kernel.merge_apart
 

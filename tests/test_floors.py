@@ -41,7 +41,7 @@ FLOORS = [
         "kernels.triton._page_slots",
         "kernels.triton.merge",
     ],
-    ["kernels.triton._split_merge"],
+    ["kernels.triton._merge_apart", "kernels.triton._split_merge"],
     ["kernels.mosaic._private", "kernels.mosaic._warpgroup"],
     [
         "kernels.mosaic._converting",

@@ -1,30 +1,26 @@
 """Split tiles: each program leaves its partial state, and whichever finishes last merges a tile's states.
 
-Where they are many, the last of each team of programs merges the team's before. Few tall tiles are merged apart, by a
-second kernel whose programs share a tile's rows. The order is that of the splits, whoever is last: results do
-not depend on timing.
+Where they are many, the last of each team of programs merges the team's before. Few tall tiles are for a kernel of its
+own instead (`_merge_apart`). The order is that of the splits, whoever is last: results do not depend on timing.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn.device import num_sms
-from jaxattn.kernels.triton._keys import divmod_by
-from jaxattn.kernels.triton._launch import launch, like
 from jaxattn.kernels.triton._rows import pow2
 from jaxattn.kernels.triton.merge import merge_rows
 from jaxattn.kernels.triton.tiles import Config
 from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, AttentionPlan
-from jaxattn.spec import AttentionSpec
 from jaxattn.work_list import WorkItem
 
 Store = Callable[..., None]  # (r, o, lse, chosen=True): rows r of the tile's output, where chosen
+StoreAt = Callable[..., None]  # (o_ref, lse_ref, rows, r, o, lse, chosen): the same, as other rows, of these refs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +32,6 @@ class Merging:
     # More states than these are merged in teams of so many, each by its last program, and then those of the teams;
     # None: never. It decides how the result is rounded: with fixed splits it must not depend on the batch.
     team: int | None
-    apart: bool = False  # by a kernel of its own
 
     @classmethod
     def of(
@@ -47,18 +42,8 @@ class Merging:
         *,
         wgmma: bool,
         fp8: bool = False,
-    ) -> "Merging | None":
-        """None where no tile is ever split."""
-        if not plan.num_slots:
-            return None
+    ) -> "Merging":
         group = plan.num_qo_heads // plan.num_kv_heads
-        tiles = max(plan.batch_size, plan.num_qo_tokens * group // MID_ROWS)
-        few = tiles * plan.num_kv_heads <= num_sms() // 4
-        if few and plan.block_rows == MID_ROWS and not plan.is_decode:
-            # Of many keys they have 8 splits and more, and 64 rows are long for one program: 16 on 16384, 32 splits,
-            # 35.4 us by the last program and 25.4 apart; 16 on 4096, 8 splits, 18.5 and 15.7; of 4 splits there is no
-            # difference. A decode's splits may be fixed, such a prefill's are not.
-            return cls(4, min(16, 2048 // pow2(head_dim)), team=None, apart=True)
         most = min(group, config.block_rows) if plan.is_decode else config.block_rows
         # 64 elements a thread: half of what the accumulator of the largest tiles takes.
         elements = 2048 * config.num_warps // pow2(head_dim)
@@ -93,62 +78,54 @@ class Partials:
     lse_ref: jax.Ref  # float32 [num_slots * columns * r]
     # int32 [num_slots * columns]: how many programs of a tile, or of a team, have arrived, at its first slot; how many
     # teams, at the tile's second.
-    arrivals_ref: jax.Ref | None  # None where they are merged apart
+    arrivals_ref: jax.Ref | None  # None where a kernel of its own merges
     column: jax.Array  # the program's place among those of an item
     columns: int
     block_rows: int
-    merging: Merging
-    barrier: Callable[[], None]
+    store_at: StoreAt
 
-    @property
-    def team(self) -> int | None:
-        """None, without code for teams, where no tile has as many splits."""
-        team = self.merging.team
-        if not team:
-            return None
-        assert self.arrivals_ref is not None
-        return team if self.arrivals_ref.shape[0] // self.columns > team else None
+    def first_row(self, item: WorkItem, split: jax.Array) -> jax.Array:
+        return ((item.slot + split) * self.columns + self.column) * self.block_rows
 
-    def merge(
+    def leave(
         self,
         item: WorkItem,
+        split: jax.Array,
         r: jax.Array,
         o: jax.Array,
         lse: jax.Array,
-        store: Store,
-        store_at: Callable[..., None],
+        chosen: Any = True,
     ) -> None:
-        """Leaves the state (o, lse) of rows r of a split tile, which its last program merges, or `merge_apart` does.
+        """The state (o, lse) of rows r of a split tile."""
+        rows = self.first_row(item, split) + r
+        self.store_at(self.o_ref, self.lse_ref, rows, r, o, lse, chosen)
 
-        store(r, o, lse, chosen) writes the output, store_at(o_ref, lse_ref, rows, r, o, lse, chosen) other rows.
-        """
-
-        def first_row(split):
-            return ((item.slot + split) * self.columns + self.column) * self.block_rows
-
-        def store_partial(split, r, o, lse, chosen=True):
-            store_at(self.o_ref, self.lse_ref, first_row(split) + r, r, o, lse, chosen)
+    def merge(
+        self, item: WorkItem, merging: Merging, store: Store, barrier: Callable[[], None]
+    ) -> None:
+        """By the tile's last program, once each has left its state; store writes the output."""
+        assert self.arrivals_ref is not None
 
         def is_last(split, count):
             """Counts this program at the counter of a split; whether it is the last of so many."""
             # Every thread's stores come before the program's arrival, and the last one's loads after it.
-            self.barrier()
+            barrier()
             at = (item.slot + split) * self.columns + self.column
             return plgpu.atomic_add(self.arrivals_ref, (at,), jnp.int32(1)) == count - 1
 
         def merge(split, stride, count, write):
             """Merges `count` states, every stride-th from `split` on."""
-            rows = self.merging.rows
+            rows = merging.rows
 
             def some_rows(i, _):
                 r = i * rows + jnp.arange(rows, dtype=jnp.int32)
                 o, lse = merge_rows(
                     self.o_ref,
                     self.lse_ref,
-                    first_row(split) + r,
+                    self.first_row(item, split) + r,
                     stride * self.columns * self.block_rows,
                     count,
-                    block=self.merging.states,
+                    block=merging.states,
                     empty_may_hold_anything=False,
                 )
                 write(r, o, lse)
@@ -156,11 +133,9 @@ class Partials:
             blocks = (item.row_end - item.row_begin + rows - 1) // rows
             jax.lax.fori_loop(0, blocks, some_rows, None)
 
-        store_partial(item.split, r, o, lse)
-        if self.merging.apart:
-            return
-        team = self.team
-        if not team:
+        team = merging.team
+        # Without code for teams where no tile has as many splits.
+        if not team or self.arrivals_ref.shape[0] // self.columns <= team:
 
             @pl.when(is_last(0, item.num_splits))
             def _():
@@ -174,8 +149,8 @@ class Partials:
 
         def write_team(r, o, lse):
             store(r, o, lse, num_teams == 1)
-            self.barrier()  # every thread has read the captain's state
-            store_partial(captain, r, o, lse, num_teams > 1)
+            barrier()  # every thread has read the captain's state
+            self.leave(item, captain, r, o, lse, num_teams > 1)
 
         @pl.when(is_last(captain, members))
         def _():
@@ -187,95 +162,3 @@ class Partials:
                 @pl.when(is_last(1, num_teams))
                 def _():
                     merge(0, team, num_teams, store)
-
-
-def token_and_row(
-    spec: AttentionSpec, head: jax.Array, packed: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Of packed rows for a KV head: their query token, and their row of q and o."""
-    token, member = divmod_by(packed, spec.group)
-    return token, (token * spec.num_kv_heads + head) * spec.group + member
-
-
-def _merge_kernel(
-    items_ref,  # int32 [w, 10]
-    o_partial_ref,  # as in `Partials`
-    lse_partial_ref,
-    whole_o_ref,  # o_ref's memory, with the tiles that are not split
-    whole_lse_ref,
-    o_ref,  # [t * h, dv]
-    lse_ref,  # float32 [t * h]
-    *,
-    spec: AttentionSpec,
-    merging: Merging,
-    block_rows: int,
-    parts: int,
-):
-    """Each split's program merges a share of its tile's rows. Grid: (kh * parts, w), as `Partials.column` and items."""
-    column, work = pl.program_id(0), pl.program_id(1)
-    item = WorkItem.read(items_ref, work)
-    head, part = divmod_by(column, parts)
-    columns = spec.num_kv_heads * parts
-    begin = item.row_begin + part * block_rows
-    num_rows = jnp.clip(item.row_end - begin, 0, block_rows)
-    share = (num_rows + item.num_splits - 1) // item.num_splits
-    first = item.split * share
-    end = jnp.minimum(first + share, num_rows)
-
-    def some_rows(i, _):
-        r = first + i * merging.rows + jnp.arange(merging.rows, dtype=jnp.int32)
-        mine = r < end
-        o, lse = merge_rows(
-            o_partial_ref,
-            lse_partial_ref,
-            (item.slot * columns + column) * block_rows + jnp.where(mine, r, first),
-            columns * block_rows,
-            item.num_splits,
-            block=merging.states,
-            empty_may_hold_anything=False,
-        )
-        _, row = token_and_row(spec, head, begin + r)
-        cols = jnp.arange(o.shape[1], dtype=jnp.int32)
-        inside = mine[:, None] & (cols < o_ref.shape[1])[None, :]
-        plgpu.store(o_ref.at[row[:, None], cols[None, :]], o.astype(o_ref.dtype), mask=inside)
-        plgpu.store(lse_ref.at[row], lse, mask=mine)
-
-    @pl.when(item.num_splits > 1)
-    def _():
-        jax.lax.fori_loop(0, (end - first + merging.rows - 1) // merging.rows, some_rows, None)
-
-
-def merge_apart(
-    o: jax.Array,
-    lse: jax.Array,
-    o_partial: jax.Array,
-    lse_partial: jax.Array,
-    plan: AttentionPlan,
-    merging: Merging,
-    *,
-    block_rows: int,
-    name: str,
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """(o [t * h, dv], lse [t * h]) with the rows of split tiles, whose states the partial ones are."""
-    parts = plan.block_rows // block_rows
-    merged = launch(
-        functools.partial(
-            _merge_kernel, spec=plan.spec, merging=merging, block_rows=block_rows, parts=parts
-        ),
-        dict(
-            items_ref=plan.items,
-            o_partial_ref=o_partial,
-            lse_partial_ref=lse_partial,
-            whole_o_ref=o,
-            whole_lse_ref=lse,
-        ),
-        dict(o_ref=like(o), lse_ref=like(lse)),
-        name=f"{name}_merge",
-        grid=(plan.num_kv_heads * parts, plan.items.shape[0]),
-        num_warps=4,
-        num_stages=1,
-        interpret=interpret,
-        aliases=dict(whole_o_ref="o_ref", whole_lse_ref="lse_ref"),
-    )
-    return merged["o_ref"], merged["lse_ref"]

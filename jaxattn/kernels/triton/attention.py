@@ -29,9 +29,10 @@ from jaxattn.kernels.triton._float16 import in_float16, paired
 from jaxattn.kernels.triton._keys import Keys, KeySource, divmod_by, load_rows
 from jaxattn.kernels.triton._launch import Out, launch
 from jaxattn.kernels.triton._limits import Bits, RowLimits
+from jaxattn.kernels.triton._merge_apart import Apart, merge_apart, token_and_row
 from jaxattn.kernels.triton._online_softmax import OnlineSoftmax
 from jaxattn.kernels.triton._rows import pow2
-from jaxattn.kernels.triton._split_merge import Merging, Partials, merge_apart, token_and_row
+from jaxattn.kernels.triton._split_merge import Merging, Partials
 from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 from jaxattn.kv_scales import FP8_DTYPES, SMALLEST, KVScales
@@ -52,7 +53,7 @@ class Statics:
     softmax: OnlineSoftmax
     config: Config
     parts: int
-    merging: Merging | None
+    merging: Merging | Apart | None  # None: no tile is split
 
 
 def _attention_kernel(
@@ -232,10 +233,12 @@ def _attention_kernel(
             column=head * parts + part,
             columns=spec.num_kv_heads * parts,
             block_rows=block_rows,
-            merging=merging,
-            barrier=(lambda: None) if softmax.interpret else plgpu.debug_barrier,
+            store_at=store_at,
         )
-        partials.merge(item, r, o, lse, store, store_at)
+        partials.leave(item, item.split, r, o, lse)
+        if isinstance(merging, Merging):
+            barrier = (lambda: None) if softmax.interpret else plgpu.debug_barrier
+            partials.merge(item, merging, store, barrier)
 
 
 def paged_attention(
@@ -335,7 +338,9 @@ def _attention(
         bits=plan.mask is not None,
     )
     pairs = fp8 and dv % 2 == 0 and not (wgmma and config.block_rows >= MID_ROWS)
-    merging = Merging.of(plan, config, dv, wgmma=wgmma, fp8=fp8)
+    merging: Merging | Apart | None = None
+    if plan.num_slots:
+        merging = Apart.of(plan, dv) or Merging.of(plan, config, dv, wgmma=wgmma, fp8=fp8)
     tall = config.block_rows > MAX_FEW_ROWS
     parts = plan.block_rows // config.block_rows
     columns = plan.num_slots * plan.num_kv_heads * parts
@@ -343,7 +348,7 @@ def _attention(
     if merging:
         o_partial = Out((columns * config.block_rows, dv), jnp.float32)
         lse_partial = Out((columns * config.block_rows,), jnp.float32)
-        arrivals = None if merging.apart else Out((columns,), jnp.int32)
+        arrivals = Out((columns,), jnp.int32) if isinstance(merging, Merging) else None
     out = launch(
         functools.partial(
             _attention_kernel,
@@ -404,7 +409,7 @@ def _attention(
         shared=all(mod.fn is alibi for mod in score_mods),
     )
     o, lse = out["o_ref"], out["lse_ref"]
-    if merging and merging.apart:
+    if isinstance(merging, Apart):
         o, lse = merge_apart(
             o,
             lse,
