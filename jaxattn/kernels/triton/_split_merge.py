@@ -20,7 +20,7 @@ from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, AttentionPlan
 from jaxattn.work_list import WorkItem
 
 Store = Callable[..., None]  # (r, o, lse, chosen=True): rows r of the tile's output, where chosen
-StoreAt = Callable[..., None]  # (o_ref, lse_ref, rows, r, o, lse, chosen): the same, as other rows, of these refs
+StoreAt = Callable[..., None]  # (o_ref, lse_ref, rows, r, o, lse, chosen): the same, elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
