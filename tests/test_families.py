@@ -1,6 +1,7 @@
 """What `config.json` says of Gemma and of windows, in both of transformers' styles, and what is refused by name.
 
-Llama's entries, and what all families share, are tested in test_llama.py; transformers' defaults in test_hf_parity.py.
+Llama's entries, and what all families share, are tested in test_llama_config.py and test_checkpoints.py;
+transformers' defaults in test_hf_parity.py.
 """
 
 import json

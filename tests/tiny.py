@@ -130,3 +130,19 @@ def _round(
         qo_indptr=indptr,
     )
     return decoder.forward(params, config, batch, caches, cos_sin_caches, rows, backend=backend)
+
+
+# The config.json of a tiny Llama.
+HF = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "rope_theta": 5e5,
+}
