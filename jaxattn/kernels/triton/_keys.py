@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.kernels.triton._float16 import unpaired
-from jaxattn.kernels.triton._rows import both, pow2
+from jaxattn.kernels.triton._rows import both, divmod_by, pow2
 from jaxattn.kv_cache import RowStrides
 from jaxattn.kv_scales import SMALLEST
 
@@ -175,14 +175,6 @@ def scale_row(row: jax.Array, strides: RowStrides) -> jax.Array:
         return row
     page, rest = divmod_by(row, strides.page)
     return page * strides.value + rest
-
-
-def divmod_by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """x // n and x % n of non-negative x, without the sign handling of Python's."""
-    if n & (n - 1) == 0:
-        return x >> (n.bit_length() - 1), x & (n - 1)
-    divisor = jnp.full_like(x, n)
-    return jax.lax.div(x, divisor), jax.lax.rem(x, divisor)
 
 
 def load_rows(ref: jax.Ref, rows: jax.Array, cols: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Which keys a tile's rows see, and for which tiles of keys nothing need be masked.
+"""Which rows of q a tile's are, which keys they see, and for which tiles of keys nothing need be masked.
 
 A row sees the keys from its begin to its end: by its own position, or, with spans, by the plan's list. Of these, where
 there are mask bits, those whose bit is set.
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn.kernels.triton._rows import load
-from jaxattn.spec import FAR, Visible
+from jaxattn.kernels.triton._rows import divmod_by, load
+from jaxattn.spec import FAR, AttentionSpec, Visible
 from jaxattn.visits import MaskItem
 from jaxattn.work_list import KV_BLOCK
 
@@ -96,3 +96,11 @@ class Bits:
         """bool [r, k]."""
         index = (self.item.origin + token * self.item.stride)[:, None] + key[None, :]
         return self.mask.seen(index, lambda byte, exists: load(self.mask.bits, byte, exists))
+
+
+def token_and_row(
+    spec: AttentionSpec, head: jax.Array, packed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of packed rows for a KV head: their query token, and their row of q and o."""
+    token, member = divmod_by(packed, spec.group)
+    return token, (token * spec.num_kv_heads + head) * spec.group + member

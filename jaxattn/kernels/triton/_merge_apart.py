@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxattn.device import num_sms
-from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import launch, like
-from jaxattn.kernels.triton._rows import pow2
+from jaxattn.kernels.triton._limits import token_and_row
+from jaxattn.kernels.triton._rows import divmod_by, pow2
 from jaxattn.kernels.triton.merge import merge_rows
 from jaxattn.plan import MID_ROWS, AttentionPlan
 from jaxattn.spec import AttentionSpec
@@ -40,14 +40,6 @@ class Apart:
         # 35.4 us by the last program and 25.4 apart; 16 on 4096, 8 splits, 18.5 and 15.7; of 4 splits there is no
         # difference. A decode's splits may be fixed, such a prefill's are not.
         return cls(4, min(16, 2048 // pow2(head_dim)))
-
-
-def token_and_row(
-    spec: AttentionSpec, head: jax.Array, packed: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Of packed rows for a KV head: their query token, and their row of q and o."""
-    token, member = divmod_by(packed, spec.group)
-    return token, (token * spec.num_kv_heads + head) * spec.group + member
 
 
 def _merge_kernel(

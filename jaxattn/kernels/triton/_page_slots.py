@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattn.kernels.triton._keys import divmod_by, scale_row
-from jaxattn.kernels.triton._rows import Mask, Rows, load, store
+from jaxattn.kernels.triton._keys import scale_row
+from jaxattn.kernels.triton._rows import Mask, Rows, divmod_by, load, store
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 from jaxattn.kv_scales import KVScales, largest, own_scale, stored
 

@@ -19,6 +19,14 @@ def pow2(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+def divmod_by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """x // n and x % n of non-negative x, without the sign handling of Python's."""
+    if n & (n - 1) == 0:
+        return x >> (n.bit_length() - 1), x & (n - 1)
+    divisor = jnp.full_like(x, n)
+    return jax.lax.div(x, divisor), jax.lax.rem(x, divisor)
+
+
 def both(a: Mask, b: Mask) -> Mask:
     """a & b."""
     return b if a is None else a if b is None else a & b

@@ -13,10 +13,9 @@ import jax
 from jax.experimental import pallas as pl
 
 from jaxattn.device import check_fp8
-from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import launch, like
 from jaxattn.kernels.triton._page_slots import Pages, PageSlots, given_scales, rows_of, with_rows
-from jaxattn.kernels.triton._rows import Rows, block_of, load, pow2
+from jaxattn.kernels.triton._rows import Rows, block_of, divmod_by, load, pow2
 from jaxattn.kv_cache import PagedKVCache
 from jaxattn.kv_scales import FP8_DTYPES
 from jaxattn.page_table import PageTable

@@ -26,12 +26,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxattn.device import check_fp8, has_wgmma
 from jaxattn.kernels._float16 import HEADROOM
 from jaxattn.kernels.triton._float16 import in_float16, paired
-from jaxattn.kernels.triton._keys import Keys, KeySource, divmod_by, load_rows
+from jaxattn.kernels.triton._keys import Keys, KeySource, load_rows
 from jaxattn.kernels.triton._launch import Out, launch
-from jaxattn.kernels.triton._limits import Bits, RowLimits
-from jaxattn.kernels.triton._merge_apart import Apart, merge_apart, token_and_row
+from jaxattn.kernels.triton._limits import Bits, RowLimits, token_and_row
+from jaxattn.kernels.triton._merge_apart import Apart, merge_apart
 from jaxattn.kernels.triton._online_softmax import OnlineSoftmax
-from jaxattn.kernels.triton._rows import pow2
+from jaxattn.kernels.triton._rows import divmod_by, pow2
 from jaxattn.kernels.triton._split_merge import Merging, Partials
 from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import Out, launch
-from jaxattn.kernels.triton._rows import pow2
+from jaxattn.kernels.triton._rows import divmod_by, pow2
 
 # Rows of two states a program merges: 2048 elements of each at head_dim 128, 16 a thread.
 BLOCK_ROWS = 16

@@ -16,9 +16,8 @@ import jax
 from jax.experimental import pallas as pl
 
 from jaxattn.kernels.triton._heads import Heads, Rotary, default_config
-from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import launch, like
-from jaxattn.kernels.triton._rows import block_of, load
+from jaxattn.kernels.triton._rows import block_of, divmod_by, load
 
 
 def _rope_kernel(

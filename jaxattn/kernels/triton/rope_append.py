@@ -22,10 +22,9 @@ from jax.experimental import pallas as pl
 
 from jaxattn.device import check_fp8
 from jaxattn.kernels.triton._heads import Heads, Rotary, default_config
-from jaxattn.kernels.triton._keys import divmod_by
 from jaxattn.kernels.triton._launch import Out, launch, like
 from jaxattn.kernels.triton._page_slots import Pages, PageSlots, given_scales, rows_of, with_rows
-from jaxattn.kernels.triton._rows import Rows, block_of, load
+from jaxattn.kernels.triton._rows import Rows, block_of, divmod_by, load
 from jaxattn.kv_cache import PagedKVCache
 from jaxattn.page_table import PageTable
 
