@@ -1,4 +1,4 @@
-"""Which rows of q a tile's are, which keys they see, and for which tiles of keys nothing need be masked.
+"""Which rows of q belong to a tile, which keys they see, and for which tiles of keys nothing need be masked.
 
 A row sees the keys from its begin to its end: by its own position, or, with spans, by the plan's list. Of these, where
 there are mask bits, those whose bit is set.
