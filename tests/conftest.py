@@ -1,6 +1,7 @@
 """What every test runs under: strict promotion, two CPU devices, a cheap compiler on a CPU, a GPU shared by workers."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; NumPy reads this once
@@ -41,11 +42,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SLOW = frozenset((Path(__file__).parent / "slow_tests.txt").read_text().splitlines())
 
 
+def asks_for_slow(mark_expression: str, args: Sequence[str]) -> bool:
+    """Whether the slow tests of a GPU are meant too: -m speaks of them, or a file is named. They are thousands."""
+    return "slow" in mark_expression or any(arg.split("::")[0].endswith(".py") for arg in args)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid in SLOW:
             item.add_marker(pytest.mark.slow)
+    if not asks_for_slow(config.option.markexpr, config.args):
+        marks = lambda item: {mark.name for mark in item.iter_markers()}
+        left_out = {item for item in items if {"gpu", "slow"} <= marks(item)}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and jax.default_backend() != "gpu":
         skip = pytest.mark.skip(

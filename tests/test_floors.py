@@ -39,6 +39,7 @@ FLOORS = [
         "kernels.triton._gathered",
         "kernels.triton._heads",
         "kernels.triton._page_slots",
+        "kernels.triton._scales_in_line",
         "kernels.triton.merge",
     ],
     ["kernels.triton._merge_apart", "kernels.triton._split_merge"],

@@ -91,6 +91,42 @@ def test_attention(op, layout, scales, backend):
     )  # fmt: skip
 
 
+FEW = [(1, 3, "NHD"), (1, 8, "HND combined"), (2, 1, "NHD combined"), (3, 5, "HND")]
+
+
+def few_tokens_a_page(page_size, kh, layout, backend):
+    """Programs of decode read scales from lines that a kernel lays before."""
+    lens = [0, 1, page_size, page_size + 1, 63, 64, 65, 300, 700]
+    for what in (Variant(), Variant(window_left=70, sinks=True)):
+        check(
+            what, None, lens, backend=backend, op="decode", scales="token", layout=layout, kh=kh,
+            page_size=page_size, kv_dtype=E4M3, dtype=bf16, num_sms=24,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("page_size,kh,layout", FEW)
+def test_few_tokens_a_page(page_size, kh, layout):
+    few_tokens_a_page(page_size, kh, layout, "interpret")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size,kh,layout", FEW[:2])
+def test_few_tokens_a_page_gpu(page_size, kh, layout):
+    few_tokens_a_page(page_size, kh, layout, None)
+
+
+@pytest.mark.parametrize(
+    "page_size,entries,expected", [(1, 0, True), (3, 0, True), (4, 0, False), (1, 100, False)]
+)
+def test_scales_lie_in_lines_where_pages_are_small_and_tables_short(page_size, entries, expected):
+    paged = make_paged([40], page_size=page_size, dtype=E4M3, spare_entries=entries)
+    paged = with_scales(paged, "token")
+    plan = ja.plan_decode(paged.table, num_qo_heads=4, num_kv_heads=2)
+    q = jnp.zeros((1, 4, 64), bf16)
+    attend = lambda q: ja.paged_decode(q, paged.cache, plan, backend="interpret")
+    assert ("paged_decode_scales" in str(jax.make_jaxpr(attend)(q))) == expected
+
+
 def wild(
     kind,
     op,

@@ -36,6 +36,7 @@ class KeySource:
     page_at_once: bool
     dtype: jnp.dtype  # what products are computed in
     scales_per_token: bool
+    scales_in_line: bool  # as `_scales_in_line` leaves them
     # The dtype of V's elements where a row holds pairs of them as int16, the even one in the low half; else None. V's
     # tile goes to mma.sync transposed, and in 8 bits it could only be read from shared memory byte by byte.
     v_pairs: jnp.dtype | None
@@ -63,7 +64,8 @@ class Keys:
     source: KeySource
     k_ref: jax.Ref  # [num_rows, d]
     v_ref: jax.Ref  # [num_rows, dv]; the same array as k_ref where one holds both
-    scale_refs: Any  # KVScales of refs, float32 [num_rows] per token, else [1] or [kh]; or None
+    # KVScales of refs, float32 [num_rows] per token, else [1] or [kh]; or one ref, of `_scales_in_line`; or None.
+    scale_refs: Any
     indices_ref: jax.Ref | None  # int32 [capacity]; None for contiguous keys
     start: jax.Array  # the request's first entry in indices; its first row of contiguous keys
     head: jax.Array
@@ -105,12 +107,9 @@ class Keys:
         v = _load_rows(self.v_ref, rows + strides.value, exist[:, None])
         k_scale = v_scale = None
         if self.scale_refs is not None and self.source.scales_per_token:
-            at = scale_row(rows, strides)
             # A mask would be carried along from here to their use, in registers that a fourth program needs. What is
             # absent may have any scales: its score is masked after they came into it.
-            k_scale, v_scale = (
-                plgpu.load(ref.at[at]) for ref in (self.scale_refs.k, self.scale_refs.v)
-            )
+            k_scale, v_scale = (plgpu.load(at) for at in self._scales_at(rows, position))
         dtype, pairs = self.source.dtype, self.source.v_pairs
         parts = (v,) if pairs is None else unpaired(v, pairs, interpret=self.source.interpret)
         return KeyTile(k.astype(dtype), tuple(x.astype(dtype) for x in parts), k_scale, v_scale)
@@ -129,6 +128,18 @@ class Keys:
         # in registers that a fourth program needs.
         page, last = (self.start + self._page_of(x) for x in (self.tokens(position), end - 1))
         return exist & self._known(plgpu.load(self.indices_ref.at[jnp.minimum(page, last)]))
+
+    def _scales_at(self, rows: jax.Array, position: jax.Array) -> tuple[Any, Any]:
+        """k's and v's of the tokens from `position` on, whose rows of K these are."""
+        if not self.source.scales_in_line:
+            at = scale_row(rows, self.source.strides)
+            return self.scale_refs.k.at[at], self.scale_refs.v.at[at]
+        assert self.indices_ref is not None
+        page_size = self.source.page_size
+        line = line_of(self.head, self.indices_ref.shape[0], page_size) + self.start * page_size
+        at = line + self.tokens(position)
+        lines = self.scale_refs
+        return lines.at[at], lines.at[at + lines.shape[0] // 2]
 
     def _between(self, position, begin, end):
         tokens = self.tokens(position)
@@ -167,6 +178,11 @@ class Keys:
             page, slot = divmod_by(offset, page_size)
             return divmod_by(position, page_size)[0] + page, slot
         return divmod_by(position + offset, page_size)
+
+
+def line_of(head: jax.Array, capacity: int, page_size: int) -> jax.Array:
+    """Where a head's line of `_scales_in_line` begins: it has a place for each slot of each entry of the page table."""
+    return head * (capacity * page_size)
 
 
 def scale_row(row: jax.Array, strides: RowStrides) -> jax.Array:

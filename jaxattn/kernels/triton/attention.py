@@ -17,6 +17,7 @@ Grid: (kh, w, parts), KV heads fastest: neighbours read one page together.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from jaxattn.kernels.triton._limits import Bits, RowLimits, token_and_row
 from jaxattn.kernels.triton._merge_apart import Apart, merge_apart
 from jaxattn.kernels.triton._online_softmax import OnlineSoftmax
 from jaxattn.kernels.triton._rows import divmod_by, pow2
+from jaxattn.kernels.triton._scales_in_line import scales_in_line
 from jaxattn.kernels.triton._split_merge import Merging, Partials
 from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides
@@ -338,6 +340,8 @@ def _attention(
         bits=plan.mask is not None,
     )
     pairs = fp8 and dv % 2 == 0 and not (wgmma and config.block_rows >= MID_ROWS)
+    lines = scales_in_line(scales, plan, strides, num_pages, name=name, interpret=interpret)
+    pages: Any = jax.tree.map(lambda x: x.reshape(-1), scales)
     merging: Merging | Apart | None = None
     if plan.num_slots:
         merging = Apart.of(plan, dv) or Merging.of(plan, config, dv, wgmma=wgmma, fp8=fp8)
@@ -363,6 +367,7 @@ def _attention(
                     tall or fp8,
                     dtype,
                     scales_per_token=scales is not None and scales.per_token,
+                    scales_in_line=lines is not None,
                     v_pairs=v_rows.dtype if pairs else None,
                     interpret=interpret,
                 ),
@@ -388,7 +393,7 @@ def _attention(
             mask_refs=plan.mask,
             sinks_ref=sinks,
             score_mods=tuple(score_mods),
-            scale_refs=jax.tree.map(lambda x: x.reshape(-1), scales),
+            scale_refs=pages if lines is None else lines,
             # XLA writes the zeros of all the layers of a step in one kernel.
             no_arrivals_ref=None if arrivals is None else jnp.zeros(columns, jnp.int32),
         ),
