@@ -60,6 +60,7 @@ FLOORS = [
     ],
     ["kernels.mosaic._token_scales"],
     ["kernels.mosaic._computing"],
+    ["kernels.mosaic._feeding"],
     ["kernels.*"],
     ["activation", "append", "attention", "grouped_matmul", "merge", "norm", "rope", "sampling"],
     ["dense", "model_step", "ragged"],

@@ -77,10 +77,13 @@ class Loader:
         """Begins with the first unit, if it has tiles; returns what `unit` must know of it."""
         raise NotImplementedError
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: Any) -> Any:
+    def unit(
+        self, keys: Keys, n: jax.Array, coming: Keys, begun: Any, between: Callable[[], None]
+    ) -> Any:
         """What has not begun of the unit, and the beginning of the coming one; n tiles were loaded before the unit.
 
-        begun: what `begin` or the call before this one returned. A coming unit without tiles is none.
+        begun: what `begin` or the call before this one returned. A coming unit without tiles is none. between: called
+        when the unit's own tiles have begun.
         """
         raise NotImplementedError
 
@@ -92,39 +95,43 @@ class Loader:
 class BoxLoader(Loader):
     """Of keys and values, by the copy engine: two warps start K's boxes, two V's.
 
-    A unit's first keys come with the unit before it: the tensor cores wait for them, and not for its values.
+    A unit's first ones come with the unit before it, as many as there is room for: keys, for which the tensor cores
+    wait, or also values.
     """
 
     k_ref: Any
     v_ref: Any
     k: Stages
     v: Stages
+    values_first: bool
 
     def begin(self, first: Keys) -> None:
-        boxes = first.source.boxes
-        self._by_warps(boxes, lambda numbers: self._first_keys(first, jnp.int32(0), numbers))
+        self._first(first, jnp.int32(0))
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: None) -> None:
+    def unit(
+        self, keys: Keys, n: jax.Array, coming: Keys, begun: None, between: Callable[[], None]
+    ) -> None:
         tiles = keys.span.tiles
+        begun_values = self._ahead(keys) if self.values_first else 0
+        self._by_warps(
+            keys.source.boxes,
+            lambda numbers: self._stream(keys, n, False, numbers, self._ahead(keys), tiles),
+            lambda numbers: self._stream(keys, n, True, numbers, begun_values, tiles),
+        )
+        between()
+        self._first(coming, n + tiles)
 
-        def keys_of(numbers):
-            self._stream(keys, n, False, numbers, self._ahead(keys), tiles)
-            self._first_keys(coming, n + tiles, numbers)
+    def _first(self, keys: Keys, n: jax.Array) -> None:
+        def of(value):
+            return lambda numbers: self._stream(keys, n, value, numbers, 0, self._ahead(keys))
 
-        def values_of(numbers):
-            self._stream(keys, n, True, numbers, 0, tiles)
-
-        self._by_warps(keys.source.boxes, keys_of, values_of)
+        self._by_warps(keys.source.boxes, of(False), of(True) if self.values_first else None)
 
     def _ahead(self, keys: Keys) -> jax.Array:
-        """As many keys as there is room for."""
         return jnp.minimum(keys.span.tiles, self.k.count)
 
-    def _first_keys(self, keys: Keys, n: jax.Array, numbers: list[int]) -> None:
-        self._stream(keys, n, False, numbers, 0, self._ahead(keys))
-
     def _by_warps(
-        self, boxes: int, keys: Callable[..., None], values: Callable[..., None] | None = None
+        self, boxes: int, keys: Callable[..., None], values: Callable[..., None] | None
     ) -> None:
         """Calls each with the numbers of a warp's boxes, in the warps for K and for V."""
         half = WARPS // 2
@@ -173,7 +180,9 @@ class RowLoader(Loader):
         self.put_first(first, jnp.int32(0), self.rows(first, 0))
         return self.rows(first, 1)
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: jax.Array) -> jax.Array:
+    def unit(
+        self, keys: Keys, n: jax.Array, coming: Keys, begun: jax.Array, between: Callable[[], None]
+    ) -> jax.Array:
         """The rows of the coming unit's second tile, whose first one is under way, as were this unit's."""
         tiles = keys.span.tiles
         first = self.rows(coming, 0)  # the latency of its page ids passes
@@ -184,6 +193,7 @@ class RowLoader(Loader):
             return following
 
         lax.fori_loop(1, tiles, tile, begun)
+        between()
         second = self.rows(coming, 1)
         self.put_first(coming, n + tiles, first)
         return second
@@ -218,7 +228,9 @@ class RowPairLoader(Loader):
     def begin(self, first: Keys) -> None:
         self.k.put_first(first, jnp.int32(0), self.k.rows(first, 0))
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: None) -> None:
+    def unit(
+        self, keys: Keys, n: jax.Array, coming: Keys, begun: None, between: Callable[[], None]
+    ) -> None:
         tiles = keys.span.tiles
 
         def tile(i, carry):
@@ -231,6 +243,7 @@ class RowPairLoader(Loader):
         rows = self.k.rows(keys, 0), self.k.rows(keys, 1)
         first = self.k.rows(coming, 0)
         last, _ = lax.fori_loop(1, tiles, tile, rows)
+        between()
         self.k.put_first(coming, n + tiles, first)
         self.v.put(n + tiles - 1, last)
 
@@ -248,7 +261,9 @@ class ConvertingLoader(RowLoader):
         _converting.begin(self.ring, self.stages.tiles.shape[-2:], self.ref, self.own(rows))
         return rows, self._scales(first, rows)
 
-    def unit(self, keys: Keys, n: jax.Array, coming: Keys, begun: Any) -> Any:
+    def unit(
+        self, keys: Keys, n: jax.Array, coming: Keys, begun: Any, between: Callable[[], None]
+    ) -> Any:
         """The rows of the coming unit's first tile, which have begun: as, before, those of this unit's had."""
         tiles = keys.span.tiles
         first = self.rows(coming, 0)
@@ -262,7 +277,9 @@ class ConvertingLoader(RowLoader):
             self._convert(n + i, rows, scales, following)
             return coming, later
 
-        return lax.fori_loop(0, tiles, tile, (begun, self.rows(keys, 1)))[0]
+        begun, _ = lax.fori_loop(0, tiles, tile, (begun, self.rows(keys, 1)))
+        between()
+        return begun
 
     def end(self) -> None:
         wg.wait_copies()
@@ -292,13 +309,14 @@ def loaders(
     v: Stages,
     rings: Any,
     scales: Any,
+    values_first: bool,
 ) -> tuple[Loader, ...]:
     """For each of so many loading warpgroups, as `Config.loaders` says.
 
-    rings: of `_converting`, for K and for V; scales: `TokenScales`, or None.
+    rings: of `_converting`, for K and for V; scales: `TokenScales`, or None; values_first: of a `BoxLoader`.
     """
     if source.in_boxes:
-        return (BoxLoader(k_ref, v_ref, k, v),)
+        return (BoxLoader(k_ref, v_ref, k, v, values_first),)
     shift = source.strides.value
     if source.narrow:
         return (

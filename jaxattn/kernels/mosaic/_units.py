@@ -16,12 +16,40 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._keys import KeySource, Span
 from jaxattn.kernels.mosaic.tiles import Config
-from jaxattn.spec import AttentionSpec, Score
+from jaxattn.spec import AttentionSpec, Score, Visible
 from jaxattn.work_list import WorkItem
 
 # Units in shared memory. The loading warpgroup tells of the unit after the next one. It is at most four tiles ahead
 # of the computing ones, which may be as many units.
 RING = 8
+
+
+# Units that a plan has room for, for each multiprocessor, from which on blocks draw ahead. With fewer they would not
+# share the last ones fairly: 4 x 512, with 6.2, would lose 7%; 1 x 4096, with 9.9, loses nothing.
+UNITS_AHEAD = 8
+# Tiles of a window from which on a unit has enough of them. With a window of 128 keys, one or two, blocks lose 2%.
+TILES_AHEAD = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """What is done for coming units while the tiles that are under way are computed, which takes a block's time else.
+
+    The figures: `benchmarks/results/h200_sweeps_mosaic.txt`, 13.
+    """
+
+    queries: bool  # those of the coming unit are loaded before its first tiles, not after them
+    draw: bool  # the unit after it is drawn before this one's tiles are loaded, not after them
+
+    @classmethod
+    def of(
+        cls, units_per_sm: float, source: KeySource, config: Config, visible: Visible
+    ) -> "Ahead":
+        """With room for one unit's queries, the coming ones wait for this unit; of rows, one tile is under way."""
+        window = visible.window_left
+        long = window is None or window >= TILES_AHEAD * config.block_kv
+        queries = long and config.num_queries > 1
+        return cls(queries, queries and source.in_boxes and units_per_sm > UNITS_AHEAD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +62,7 @@ class Statics:
     config: Config
     num_blocks: int
     drawn: bool  # blocks draw units; else each has one
+    ahead: Ahead
 
 
 class Phases(NamedTuple):

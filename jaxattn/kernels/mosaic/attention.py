@@ -3,7 +3,7 @@
     x_ij = logit(<q_i, k_j>),   o_i = sum_j softmax_j(x_ij) v_j,   lse_i = log sum_j exp(x_ij)
 
 over the keys j that query i sees. Two warpgroups of a block compute, 64 packed rows (query token x query head of one KV
-group) of one work item's tile each; the third loads its queries, keys and values (`_loading`), ahead of them also from
+group) of one work item's tile each; the third loads its queries, keys and values (`_feeding`), ahead of them also from
 one item to the next; where they come row by row, a fourth one loads values, but at head_dim 256. While the tensor cores
 multiply one warpgroup's scores and values, the other warpgroup takes its softmax: they take turns. Within a warpgroup
 the products Q K_i^T and P_{i-1} V_{i-1} are under way together (FlashAttention-3, Shah et al. 2024, algorithm 2).
@@ -31,13 +31,13 @@ from jaxattn.device import num_sms
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._computing import COMPUTING, Computing
 from jaxattn.kernels.mosaic._converting import staging
-from jaxattn.kernels.mosaic._keys import Keys, KeySource
+from jaxattn.kernels.mosaic._feeding import feed, follow
+from jaxattn.kernels.mosaic._keys import KeySource
 from jaxattn.kernels.mosaic._launch import launch
 from jaxattn.kernels.mosaic._loading import Queries, Stages, loaders
 from jaxattn.kernels.mosaic._online_softmax import ROWS
-from jaxattn.kernels.mosaic._rows import Rows
 from jaxattn.kernels.mosaic._token_scales import TokenScales
-from jaxattn.kernels.mosaic._units import FIELDS, RING, Schedule, Statics
+from jaxattn.kernels.mosaic._units import FIELDS, RING, Ahead, Schedule, Statics
 from jaxattn.kernels.mosaic.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache
 from jaxattn.kv_scales import FP8_DTYPES, KVScales
@@ -106,15 +106,24 @@ def _attention_kernel(
         k_scale_ref = v_scale_ref = None
 
     first, *second = loaders(
-        static.source, static.config.loaders, k_ref, v_ref, keys, values, rings_smem, scales
+        static.source,
+        static.config.loaders,
+        k_ref,
+        v_ref,
+        keys,
+        values,
+        rings_smem,
+        scales,
+        # Of pages, whose ids are read for them, they come late enough (sweeps, 13.).
+        values_first=static.ahead.draw and not static.source.paged,
     )
 
     @pl.when(warpgroup == COMPUTING)
     def _():
-        _load(static, schedule, queries, first, q_ref, indices_ref)
+        feed(static, schedule, queries, first, q_ref, indices_ref)
 
     if second:
-        pl.when(warpgroup == COMPUTING + 1)(lambda: _follow(static, schedule, *second, indices_ref))
+        pl.when(warpgroup == COMPUTING + 1)(lambda: follow(static, schedule, *second, indices_ref))
 
     @pl.when(warpgroup < COMPUTING)
     def _():
@@ -143,69 +152,6 @@ def _attention_kernel(
             partials,
         )
         computing.run()
-
-
-def _load(static, schedule, queries, loader, q_ref, indices_ref):
-    """The loading warpgroup: draws the units, and loads their queries and what this loader does."""
-    plgpu.set_max_registers(static.config.registers[1], action="decrease")
-    keys_of = functools.partial(_keys_of, static, schedule, indices_ref)
-
-    def load_queries(r):
-        row, unit = wg.row_of_thread(ROWS), schedule.look(r)
-        index = [Rows.of(static, unit, i).q_rows(row) for i in range(COMPUTING)]
-        pl.when(unit.exists)(lambda: queries.load(r, q_ref, index))
-
-    def end_queries(r):
-        wait = static.source.in_boxes
-        pl.when(schedule.look(r).exists)(lambda: queries.end_load(r, wait=wait))
-
-    def a_unit(state):
-        """The unit of round r, whose queries and first keys are under way; n tiles were loaded before it."""
-        r, n, begun, _ = state
-        begun = loader.unit(keys_of(r), n, keys_of(r + 1), begun)
-        # Drawn earlier, blocks would not share the last units fairly.
-        schedule.begin_draw()
-        load_queries(r + 1)
-        schedule.tell(r + 2, schedule.unit(schedule.end_draw()))
-        end_queries(r + 1)
-        n += schedule.look(r).span.tiles
-        return r + 1, n, begun, schedule.look(r + 1).exists
-
-    zero, one = jnp.int32(0), jnp.int32(1)
-    schedule.tell(zero, schedule.unit(schedule.first()))
-    begun = loader.begin(keys_of(zero))
-    schedule.begin_draw()
-    load_queries(zero)
-    end_queries(zero)
-    schedule.tell(one, schedule.unit(schedule.end_draw()))
-    exists = schedule.look(zero).exists
-    lax.while_loop(lambda state: state[3], a_unit, (zero, zero, begun, exists))
-    loader.end()
-
-
-def _follow(static, schedule, loader, indices_ref):
-    """A second loading warpgroup: what this loader loads of the units that the first one tells."""
-    plgpu.set_max_registers(static.config.registers[1], action="decrease")
-    keys_of = functools.partial(_keys_of, static, schedule, indices_ref)
-
-    def a_unit(state):
-        r, n, begun, _ = state
-        exists = schedule.wait(r + 1)
-        begun = loader.unit(keys_of(r), n, keys_of(r + 1), begun)
-        return r + 1, n + keys_of(r).span.tiles, begun, exists
-
-    zero = jnp.int32(0)
-    exists = schedule.wait(zero)
-    lax.while_loop(
-        lambda state: state[3], a_unit, (zero, zero, loader.begin(keys_of(zero)), exists)
-    )
-    loader.end()
-
-
-def _keys_of(static, schedule, indices_ref, r):
-    """Those of the unit of the r-th round."""
-    unit = schedule.look(r)
-    return Keys(static.source, unit.span, indices_ref, unit.head)
 
 
 def paged_attention(
@@ -286,6 +232,7 @@ def _attention(
     units = plan.items.shape[0] * plan.num_kv_heads
     # A block for each of few units: no draws.
     drawn = units > UNITS_UNDRAWN * num_sms()
+    ahead = Ahead.of(units / num_sms(), source, config, plan.spec.visible)
     num_blocks = num_sms() if drawn else units
     columns = plan.num_slots * plan.num_kv_heads * COMPUTING
     o_partial = lse_partial = None
@@ -311,7 +258,7 @@ def _attention(
     out = launch(
         functools.partial(
             _attention_kernel,
-            static=Statics(plan.spec, score, source, config, num_blocks, drawn),
+            static=Statics(plan.spec, score, source, config, num_blocks, drawn, ahead),
         ),
         dict(
             q_ref=q.reshape(t * h, d),

@@ -80,6 +80,14 @@ TABLE = (
     Row(lambda s: s.fp8 and s.few and s.group == 1, ALL, 64, 2, 5, "two tiles of keys at once"),
     Row(lambda s: s.fp8 and s.few, ALL, 64, 4, 5, "four programs of 128 registers"),
     # Few rows.
+    Row(
+        lambda s: s.few and s.programs_per_sm == 2 and s.head_dim > 128,
+        ALL,
+        64,
+        4,
+        4,
+        "splits are a few tiles: to wait for three at first takes longer",
+    ),
     Row(lambda s: s.few and s.programs_per_sm == 2, ALL, 64, 4, 5, "two tiles of keys at once"),
     Row(lambda s: s.few and s.head_dim > 128, ALL, 32, 2, 4, "as many bytes as 64 keys of 128"),
     Row(lambda s: s.few and s.head_dim <= 64, ALL, 128, 4, 3, "as many bytes as 64 keys of 128"),
