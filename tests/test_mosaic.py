@@ -85,13 +85,36 @@ def test_asked_for_where_it_cannot_run():
 
 @pytest.mark.skipif(not JAX_0_11, reason="the lowering's modules are those of JAX 0.11")
 @pytest.mark.parametrize(
+    "units, head_dim, page_size, window, queries, draw",
+    [
+        (30, 128, 16, None, True, True),
+        (6, 128, 16, None, True, False),  # so few that blocks would not share the last ones fairly
+        (30, 128, 16, 1023, True, True),
+        (30, 128, 16, 127, False, False),  # a unit is one tile or two
+        (30, 128, 1, None, True, False),  # rows: one tile is under way
+        (30, 256, 16, None, False, False),  # room for one unit's queries
+    ],
+)
+def test_what_is_done_ahead(units, head_dim, page_size, window, queries, draw):
+    from jaxattn.kernels.mosaic._keys import KeySource
+    from jaxattn.kernels.mosaic._units import Ahead
+    from jaxattn.kernels.mosaic.tiles import default_config
+
+    source = KeySource("NHD", page_size, 1000, False, None, default_config(head_dim).block_kv)
+    config = default_config(head_dim, rows=not source.in_boxes)
+    ahead = Ahead.of(units, source, config, Visible.of(True, window))
+    assert ahead == Ahead(queries, draw)
+
+
+@pytest.mark.skipif(not JAX_0_11, reason="the lowering's modules are those of JAX 0.11")
+@pytest.mark.parametrize(
     "visible", [(None, 0), (None, None), (100, 0), (7, 0), (300, 200), (64, 64)]
 )
 @pytest.mark.parametrize("paged", [True, False])
 def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
     """Every key that a row sees lies in a tile; a tile without a mask is one that all rows see whole."""
     from jaxattn.kernels.mosaic._keys import KeySource
-    from jaxattn.kernels.mosaic._units import Phases, Statics
+    from jaxattn.kernels.mosaic._units import Ahead, Phases, Statics
     from jaxattn.kernels.mosaic.tiles import default_config
     from jaxattn.spec import AttentionSpec, Score
 
@@ -103,7 +126,7 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
         else KeySource.contiguous(4096, 2, "NHD", block)
     )
     spec = AttentionSpec(8, 2, visible)
-    static = Statics(spec, Score(1.0), source, default_config(128), 1, True)
+    static = Statics(spec, Score(1.0), source, default_config(128), 1, True, Ahead(False, False))
     for kv_len, qo_len in [(1, 1), (130, 130), (1000, 300), (1024, 64), (517, 33), (128, 128)]:
         token = int(rng.integers(0, qo_len)) // 32 * 32
         rows = min(128, (qo_len - token) * group)
