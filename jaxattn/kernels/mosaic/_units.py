@@ -23,7 +23,6 @@ from jaxattn.work_list import WorkItem
 # of the computing ones, which may be as many units.
 RING = 8
 
-
 # Units that a plan has room for, for each multiprocessor, from which on blocks draw ahead. With fewer they would not
 # share the last ones fairly: 4 x 512, with 6.2, would lose 7%; 1 x 4096, with 9.9, loses nothing.
 UNITS_AHEAD = 8
@@ -33,9 +32,9 @@ TILES_AHEAD = 4
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """What is done for coming units while the tiles that are under way are computed, which takes a block's time else.
+    """What is done for coming units while this unit's tiles are computed; else it is done between two units.
 
-    The figures: `benchmarks/results/h200_sweeps_mosaic.txt`, 13.
+    What each is worth: `benchmarks/results/h200_sweeps_mosaic.txt`, 13.
     """
 
     queries: bool  # those of the coming unit are loaded before its first tiles, not after them
@@ -45,7 +44,11 @@ class Ahead:
     def of(
         cls, units_per_sm: float, source: KeySource, config: Config, visible: Visible
     ) -> "Ahead":
-        """With room for one unit's queries, the coming ones wait for this unit; of rows, one tile is under way."""
+        """units_per_sm: that the plan has room for.
+
+        With room for one unit's queries, the coming ones wait for this unit to end. Of rows, one tile is under way when
+        a unit begins, and drawing takes longer.
+        """
         window = visible.window_left
         long = window is None or window >= TILES_AHEAD * config.block_kv
         queries = long and config.num_queries > 1

@@ -114,7 +114,7 @@ def _attention_kernel(
         values,
         rings_smem,
         scales,
-        # Of pages, whose ids are read for them, they come late enough (sweeps, 13.).
+        # 1% to 2% faster; over pages as much slower (`benchmarks/results/h200_sweeps_mosaic.txt`, 13.).
         values_first=static.ahead.draw and not static.source.paged,
     )
 

@@ -5,6 +5,7 @@ token's other heads alone, so where pages hold few tokens its programs would ask
 as for keys, for each of the heads again. One pass before reads each sector once.
 
 Axes: w work items, kh KV heads, c tokens that the page table has room for.
+Grid: (PROGRAMS, w): several programs share the tokens of a work item, tile by tile.
 """
 
 import functools
@@ -21,8 +22,8 @@ from jaxattn.kv_scales import KVScales
 from jaxattn.plan import AttentionPlan
 from jaxattn.work_list import KV_BLOCK, WorkItem
 
-# Tokens of a page, from which on a decode's programs read scales where they are. Measured at 1 (1.12x to 1.17x without,
-# `benchmarks/results/h200_sweeps_fp8.txt`) and 16 (0.95x).
+# Tokens of a page, from which on a decode's programs read scales where they are. With this pass decode was 1.13x to
+# 1.17x as fast at 1, and 0.95x at 16 (`benchmarks/results/h200_sweeps_fp8.txt`).
 FEW_TOKENS = 4
 BLOCK = 128  # tokens of a tile
 PROGRAMS = 16  # that share a work item
@@ -55,10 +56,10 @@ def _kernel(
         row = page_id * (strides.value or strides.page) + slot * strides.slot
         row = row[:, None] + head[None, :] * strides.head
         place = line + (item.page_start * page_size + position)[:, None]
-        for i, ref in enumerate((scale_refs.k, scale_refs.v)):
+        for half, ref in enumerate((scale_refs.k, scale_refs.v)):
             # Whatever an absent token has, its score is masked.
             scale = load(ref, row, known[:, None] & is_head, 1.0)
-            at = place + i * (lines_ref.shape[0] // 2)
+            at = place + half * (lines_ref.shape[0] // 2)
             store(lines_ref, at, there[:, None] & is_head, scale)
 
     span = item.kv_end - begin
