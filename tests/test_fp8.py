@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_rivals, dense_batch, make_paged, rounded, same_bits, with_scales
 from jax.sharding import PartitionSpec as P
 from rowwise import assert_no_copy, compile_in_place, make_append, two_devices
-from test_variants import LENS, QO_LENS, check
+from test_variants import LENS, QO_LENS, check, splits_of
 from variants import Variant, pairwise
 
 import jaxattn as ja
@@ -57,6 +57,7 @@ def run_pair(case, backend, lens=LENS, qo_lens=QO_LENS):
         what = dataclasses.replace(what, causal=False, mask=None, spans=False)
     layout = case["layout"] if d[0] == d[1] else case["layout"].split()[0]
     rest = {k: v for k, v in case.items() if k not in ("what", "layout")}
+    rest["splits"] = splits_of(case)
     check(what, qo_lens, lens, backend=backend, layout=layout, num_sms=16, **rest)
 
 
