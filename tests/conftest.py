@@ -37,7 +37,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Of tests with many parameters, those that took more than 0.4 s; of a GPU's, which compile for 10 s and more, those
+# Tests that took more than some half second on a slow machine; of a GPU's, which compile for 10 s and more, those
 # whose like is tested beside them.
 SLOW = frozenset((Path(__file__).parent / "slow_tests.txt").read_text().splitlines())
 
