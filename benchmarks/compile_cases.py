@@ -89,6 +89,7 @@ def _decode(
     page_size: int,
     dtype: Any = jnp.bfloat16,
     *,
+    batch: int = 64,
     kv: Any = None,
     scales: str | None = None,
     dv: int | None = None,
@@ -101,8 +102,8 @@ def _decode(
         plan = ja.plan_decode(table, num_qo_heads=heads, num_kv_heads=kv_heads, window_left=window)
         return ja.paged_decode(q, cache, plan, logits_soft_cap=cap, **operands)
 
-    cache, table = _paged_kv(64, 8192, page_size, kv_heads, d, kv or dtype, dv, scales)
-    q = _struct(64, heads, d, dtype=dtype)
+    cache, table = _paged_kv(batch, 8192, page_size, kv_heads, d, kv or dtype, dv, scales)
+    q = _struct(batch, heads, d, dtype=dtype)
     return step, (q, cache, table, _operands(heads, sinks, alibi))
 
 
@@ -346,6 +347,7 @@ CASES = (
     _case("decode bf16 32/8 d64 p16", _decode, 32, 8, 64, 16, hot=True),
     _case("decode bf16 32/8 d80 p16", _decode, 32, 8, 80, 16),
     _case("decode bf16 32/8 d256 p16", _decode, 32, 8, 256, 16),
+    _case("decode bf16 32/8 d256 p16 x4", _decode, 32, 8, 256, 16, batch=4, hot=True),
     _case("prefill bf16 32/8 d128 p1", _prefill, 32, 8, 128, 1, hot=True),
     _case("prefill bf16 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True, accepted=TWO),
     _case(

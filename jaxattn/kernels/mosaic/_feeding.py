@@ -1,8 +1,8 @@
 """What the loading warpgroups do, unit by unit: they keep the computing ones supplied.
 
 The first of them draws units and tells the others of them, and loads queries; which keys and values it or a second one
-loads, and how, is the loader's (`_loading`). What takes long is done while tiles that are under way are computed:
-`_units.Ahead` says how much there is of that.
+loads, and how, is the loader's (`_loading`). What takes long is done while tiles that are under way are computed,
+where `_units.Ahead` says so.
 """
 
 import functools

@@ -103,7 +103,7 @@ class BoxLoader(Loader):
     v_ref: Any
     k: Stages
     v: Stages
-    values_first: bool
+    values_first: bool  # values come ahead too
 
     def begin(self, first: Keys) -> None:
         self._first(first, jnp.int32(0))
@@ -128,6 +128,7 @@ class BoxLoader(Loader):
         self._by_warps(keys.source.boxes, of(False), of(True) if self.values_first else None)
 
     def _ahead(self, keys: Keys) -> jax.Array:
+        """Tiles that come with the unit before: as many as there is room for."""
         return jnp.minimum(keys.span.tiles, self.k.count)
 
     def _by_warps(

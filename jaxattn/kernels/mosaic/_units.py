@@ -47,7 +47,7 @@ class Ahead:
         """units_per_sm: that the plan has room for.
 
         With room for one unit's queries, the coming ones wait for this unit to end. Of rows, one tile is under way when
-        a unit begins, and drawing takes longer.
+        a unit begins: to draw ahead gains nothing there.
         """
         window = visible.window_left
         long = window is None or window >= TILES_AHEAD * config.block_kv

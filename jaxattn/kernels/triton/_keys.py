@@ -159,8 +159,7 @@ class Keys:
     def _known(self, page_id: jax.Array) -> jax.Array:
         """Whether a page is one of the cache."""
         assert self.source.num_pages is not None
-        # Unsigned, a negative id is a large one.
-        return page_id.astype(jnp.uint32) < jnp.uint32(self.source.num_pages)
+        return is_page(page_id, self.source.num_pages)
 
     def _page_and_slot(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Which page of its request and which slot of the page, int32 [k], hold the tile's tokens.
@@ -178,6 +177,12 @@ class Keys:
             page, slot = divmod_by(offset, page_size)
             return divmod_by(position, page_size)[0] + page, slot
         return divmod_by(position + offset, page_size)
+
+
+def is_page(page_id: jax.Array, num_pages: int) -> jax.Array:
+    """Whether a page is one of a cache's."""
+    # Unsigned, a negative id is a large one.
+    return page_id.astype(jnp.uint32) < jnp.uint32(num_pages)
 
 
 def line_of(head: jax.Array, capacity: int, page_size: int) -> jax.Array:

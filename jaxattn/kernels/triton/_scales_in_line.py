@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxattn.kernels.triton._keys import line_of
+from jaxattn.kernels.triton._keys import is_page, line_of
 from jaxattn.kernels.triton._launch import Out, launch
 from jaxattn.kernels.triton._rows import divmod_by, load, pow2, store
 from jaxattn.kv_cache import RowStrides
@@ -52,7 +52,8 @@ def _kernel(
         there = position < item.kv_end
         page, slot = divmod_by(position, page_size)
         page_id = load(indices_ref, item.page_start + page, there, -1)
-        known = page_id.astype(jnp.uint32) < jnp.uint32(num_pages)
+        known = is_page(page_id, num_pages)
+        # Scales have pages of their own, also where K and V share theirs: as `_keys.scale_row`, without its division.
         row = page_id * (strides.value or strides.page) + slot * strides.slot
         row = row[:, None] + head[None, :] * strides.head
         place = line + (item.page_start * page_size + position)[:, None]

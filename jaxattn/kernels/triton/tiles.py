@@ -86,7 +86,7 @@ TABLE = (
         64,
         4,
         4,
-        "splits are a few tiles: to wait for three at first takes longer",
+        "a fifth stage would leave shared memory for one of the two programs",
     ),
     Row(lambda s: s.few and s.programs_per_sm == 2, ALL, 64, 4, 5, "two tiles of keys at once"),
     Row(lambda s: s.few and s.head_dim > 128, ALL, 32, 2, 4, "as many bytes as 64 keys of 128"),
