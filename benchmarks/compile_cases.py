@@ -326,9 +326,12 @@ def _case(
 
 
 MOSAIC: dict[str, Any] = dict(backend="mosaic", targets=("h200",))
+# Prompts so short that pages of few tokens, and keys of 8 bits, are read row by row.
+ROWS: dict[str, Any] = MOSAIC | dict(new=64, batch=256)
 # An A100 does not convert e4m3.
 FP8: dict[str, Any] = dict(kv=jnp.float8_e4m3fn, scales="tensor", targets=("h200",))
 FP8_TOKEN: dict[str, Any] = FP8 | dict(scales="token")
+LOCAL: dict[str, Any] = dict(window=127, sinks=True)  # gpt-oss
 E5M2: dict[str, Any] = dict(kv=jnp.float8_e5m2)
 
 # 255 registers hold the 128-row tile but for two values.
@@ -382,7 +385,8 @@ CASES = (
     _case("ragged fp16 32/8 d128", _ragged_prefill, 32, 8, 128, jnp.float16),
     _case("ragged bf16 32/32 d64", _ragged_prefill, 32, 32, 64),
     # The Hopper lowering.
-    _case("mosaic bf16 32/8 d128 p1", _prefill, 32, 8, 128, 1, hot=True, **MOSAIC),
+    _case("mosaic bf16 32/8 d128 p1", _prefill, 32, 8, 128, 1, hot=True, **ROWS),
+    _case("mosaic bf16 32/8 d128 p1 in line", _prefill, 32, 8, 128, 1, hot=True, **MOSAIC),
     _case("mosaic bf16 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True, **MOSAIC),
     _case("mosaic bf16 32/8 d128 p128", _prefill, 32, 8, 128, 128, **MOSAIC),
     _case("mosaic fp16 32/8 d64 p16", _prefill, 32, 8, 64, 16, jnp.float16, hot=True, **MOSAIC),
@@ -394,11 +398,34 @@ CASES = (
     _case("mosaic bf16 32/8 d128 p16 no mask", _prefill, 32, 8, 128, 16, causal=False, **MOSAIC),
     _case("mosaic ragged bf16 32/8 d128", _ragged_prefill, 32, 8, 128, hot=True, **MOSAIC),
     _case("mosaic dense bf16 32/8 d128", _dense, 32, 8, 128, 1024, **MOSAIC),
-    _case("mosaic fp8 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True, **(FP8 | MOSAIC)),
+    _case("mosaic gpt-oss 64/8 d64 w128", _prefill, 64, 8, 64, 16, hot=True, **(LOCAL | MOSAIC)),
+    _case("mosaic gpt-oss 64/8 d64 w128 p1", _prefill, 64, 8, 64, 1, **(LOCAL | ROWS)),
+    _case("mosaic fp8 32/8 d128 p16", _prefill, 32, 8, 128, 16, hot=True, **(FP8 | ROWS)),
     _case(
-        "mosaic fp8 32/8 d128 p16 token", _prefill, 32, 8, 128, 16, hot=True, **(FP8_TOKEN | MOSAIC)
+        "mosaic fp8 32/8 d128 p16 token", _prefill, 32, 8, 128, 16, hot=True, **(FP8_TOKEN | ROWS)
     ),
-    _case("mosaic fp8 fp16 32/8 d64 p16", _prefill, 32, 8, 64, 16, jnp.float16, **(FP8 | MOSAIC)),
+    _case("mosaic fp8 fp16 32/8 d64 p16", _prefill, 32, 8, 64, 16, jnp.float16, **(FP8 | ROWS)),
+    _case("mosaic fp8 32/8 d128 p16 in line", _prefill, 32, 8, 128, 16, **(FP8 | MOSAIC)),
+    _case(
+        "mosaic fp8 32/8 d128 p1 token in line",
+        _prefill,
+        32,
+        8,
+        128,
+        1,
+        hot=True,
+        **(FP8_TOKEN | MOSAIC),
+    ),
+    _case(
+        "mosaic fp8 fp16 32/8 d256 p16 token in line",
+        _prefill,
+        32,
+        8,
+        256,
+        16,
+        jnp.float16,
+        **(FP8_TOKEN | MOSAIC),
+    ),
     # Dense caches: by lengths, by a mask of keys, by one of queries and keys.
     _case("dense decode bf16 32/8 d128", _dense, 32, 8, 128, 1, hot=True),
     _case("dense decode bf16 32/8 d128 key mask", _dense, 32, 8, 128, 1, (32, 1), hot=True),

@@ -68,8 +68,8 @@ def paged_decode(
       out_dtype: dtype of o, float16, bfloat16 or float32; default: q's.
       return_lse: also return the logsumexp of the logits.
       backend: "triton", "mosaic", "xla", "interpret", or None: on an NVIDIA GPU Triton, or on Hopper Mosaic for what
-        it serves (prefill of 16-bit queries of head_dim 64 and 128, and 256 but over a float8 cache, without masks,
-        spans and score mods); XLA elsewhere.
+        it serves (prefill of 16-bit queries of head_dim 64, 128 and 256, over a float8 cache at 256 where prompts are
+        long, without masks, spans and score mods); XLA elsewhere.
 
     Returns:
       o [b, num_qo_heads, V's head_dim]; with return_lse, (o, lse float32 [b, num_qo_heads], natural log). A request

@@ -90,6 +90,19 @@ class KVScales:
                 raise ValueError(f"{name} must be positive and finite; got {x}")
 
 
+def columns(k: Array, v: Array, there: Array) -> tuple[Array, Array, Array]:
+    """What kernels that multiply in 16 bits make of tokens' scales, float32 each: (k, log2 v, 1 / v).
+
+    Scores are multiplied by the first, the second is added to their exponents of 2, where a weight times v might be out
+    of 16 bits, and by the third a weight counts in the sum. Where a token is not there they are (1, -inf, 0).
+    """
+    # Others than the append may write 0 for a vector of zeros. A GPU's maximum would drop NaN.
+    v = jnp.where(v <= MIN_SCALE, MIN_SCALE, v)
+    # Of NaN 0, so that it is for those alone who see the token: it makes their exponents NaN, and weights of 0 stay 0.
+    part = jnp.where(there & (v > 0), 1.0 / v, 0.0)
+    return jnp.where(there, k, 1.0), jnp.where(there, jnp.log2(v), -jnp.inf), part
+
+
 def largest(x: Array) -> Array:
     """The largest magnitude along the last axis, float32; NaN and infinities do not count."""
     x = x.astype(jnp.float32)

@@ -57,7 +57,8 @@ def test_what_it_does_not_serve_has_a_reason(monkeypatch):
     assert "128 and 64" in reason(dv=64)
     assert "float32" in reason(kv_dtype=jnp.float32)
     assert reason(kv_dtype=E4M3) is None
-    assert "64, 128" in reason(kv_dtype=E5M2, d=256, dv=256)
+    assert reason(kv_dtype=E5M2, d=256, dv=256) is None
+    assert "64, 128" in reason(kv_dtype=E5M2, d=256, dv=256, plan=plan_of(qo_len=256))
     assert "out_dtype" in reason(out_dtype=jnp.float32)
     assert "score_mod" in reason(score_mods=True)
     spans = jnp.full((2048, 2), -1, jnp.int32)
@@ -100,8 +101,9 @@ def test_what_is_done_ahead(units, head_dim, page_size, window, queries, draw):
     from jaxattn.kernels.mosaic._units import Ahead
     from jaxattn.kernels.mosaic.tiles import default_config
 
-    source = KeySource("NHD", page_size, 1000, False, None, default_config(head_dim).block_kv)
-    config = default_config(head_dim, rows=not source.in_boxes)
+    block = default_config(head_dim, window).block_kv
+    source = KeySource("NHD", page_size, 1000, False, None, block)
+    config = default_config(head_dim, window, rows=not source.in_boxes)
     ahead = Ahead.of(units, source, config, Visible.of(True, window))
     assert ahead == Ahead(queries, draw)
 
@@ -110,8 +112,8 @@ def test_what_is_done_ahead(units, head_dim, page_size, window, queries, draw):
 @pytest.mark.parametrize(
     "visible", [(None, 0), (None, None), (100, 0), (7, 0), (300, 200), (64, 64)]
 )
-@pytest.mark.parametrize("paged", [True, False])
-def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
+@pytest.mark.parametrize("kind", ["pages", "contiguous", "in line 1", "in line 4", "in line 16"])
+def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, kind):
     """Every key that a row sees lies in a tile; a tile without a mask is one that all rows see whole."""
     from jaxattn.kernels.mosaic._keys import KeySource
     from jaxattn.kernels.mosaic._units import Ahead, Phases, Statics
@@ -120,11 +122,11 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
 
     visible, group, block = Visible(*visible), 4, 128
     rng = np.random.default_rng(0)
-    source = (
-        KeySource("NHD", 16, 1000, False, None, block)
-        if paged
-        else KeySource.contiguous(4096, 2, "NHD", block)
-    )
+    paged, in_line = kind != "contiguous", kind.startswith("in line")
+    page_size = int(kind.split()[-1]) if in_line else 16
+    source = KeySource("NHD", page_size, 1000, False, None, block, in_line=in_line)
+    if not paged:
+        source = KeySource.contiguous(4096, 2, "NHD", block)
     spec = AttentionSpec(8, 2, visible)
     static = Statics(spec, Score(1.0), source, default_config(128), 1, True, Ahead(False, False))
     for kv_len, qo_len in [(1, 1), (130, 130), (1000, 300), (1024, 64), (517, 33), (128, 128)]:
@@ -132,7 +134,7 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
         rows = min(128, (qo_len - token) * group)
         first, last = (token + kv_len - qo_len + x for x in (0, (rows - 1) // group))
         begin, end = (int(x) for x in visible.some(i32(first), i32(last), i32(kv_len)))
-        begin = begin // 16 * 16 if paged else begin
+        begin = begin // page_size * page_size if paged else begin
         start = int(rng.integers(0, 50))
         item = WorkItem(
             *map(
@@ -163,8 +165,11 @@ def test_tiles_cover_what_is_seen_and_plain_ones_hide_nothing(visible, paged):
         assert sorted([*range(1 + int(short)), *done]) == list(range(tiles))
         assert origin <= begin and origin + tiles * block >= end
         assert 1 <= int(plain) <= int(low)
-        if not paged:
-            assert (start + origin) % 8 == 0
+        if source.by_page:
+            assert origin == max(begin, 0)
+        else:
+            assert (start * (page_size if in_line else 1) + origin) % 8 == 0
+            assert source.may_begin_early or origin == begin
         for i in range(int(plain), min(int(low), tiles)):
             keys = origin + (tiles - 1 - i) * block
             for position in (first, last):
@@ -420,9 +425,7 @@ FP8_CASES = [
 ]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("page_size, kv_dtype, dtype, scales, layout, head_dim, variant", FP8_CASES)
-def test_fp8_and_scales_gpu(hopper, page_size, kv_dtype, dtype, scales, layout, head_dim, variant):
+def check_stored(page_size, kv_dtype, dtype, scales, layout, head_dim, variant):
     check(
         variant,
         QO_LENS,
@@ -440,10 +443,20 @@ def test_fp8_and_scales_gpu(hopper, page_size, kv_dtype, dtype, scales, layout, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["head", "token"])
-def test_scales_of_any_size_gpu(hopper, kind):
+@pytest.mark.parametrize("page_size, kv_dtype, dtype, scales, layout, head_dim, variant", FP8_CASES)
+def test_fp8_and_scales_gpu(hopper, page_size, kv_dtype, dtype, scales, layout, head_dim, variant):
+    check_stored(page_size, kv_dtype, dtype, scales, layout, head_dim, variant)
+
+
+def any_size(kind):
     lens, how = (40, 3000, 0, 170), dict(new=200, out_dtype=jnp.bfloat16, sms=8)
     wild(kind, "prefill", "mosaic", jnp.bfloat16, E4M3, lens, **how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["head", "token"])
+def test_scales_of_any_size_gpu(hopper, kind):
+    any_size(kind)
 
 
 def far_apart(backend):
@@ -503,6 +516,10 @@ def test_products_in_float16_gpu(hopper, judge, tokens):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("kv_dtype", [E4M3, E5M2])
 def test_every_fp8_number_is_itself_gpu(hopper, kv_dtype, dtype):
+    every_number(kv_dtype, dtype)
+
+
+def every_number(kv_dtype, dtype):
     """A value of each bit pattern, seen with weight 1: NaN and infinities stay, all others are exact."""
     numbers = np.arange(256, dtype=np.uint8).view(jnp.dtype(kv_dtype))
     v = jnp.asarray(numbers.reshape(1, 1, 2, 128))
@@ -532,6 +549,10 @@ def test_every_fp8_number_is_itself_gpu(hopper, kv_dtype, dtype):
     ],
 )
 def test_absent_pages_gpu(hopper, page_size, dtype, scales):
+    absent_pages(page_size, dtype, scales)
+
+
+def absent_pages(page_size, dtype, scales):
     """A page that is not in the cache counts as absent keys: as a shorter request sees the others."""
     shape = dict(page_size=page_size, num_kv_heads=2, head_dim=128, dtype=dtype)
     paged = make_paged([1000, 900, 300], **shape, spare_pages=0)
@@ -636,6 +657,10 @@ def test_it_is_the_default_gpu(hopper):
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_a_cache_beyond_2_31_elements_gpu(hopper, gpu_memory, page_size):
     gpu_memory(14)
+    beyond_2_31(page_size)
+
+
+def beyond_2_31(page_size):
     kh, d, tokens = 8, 128, 1024
     num_pages = 2**31 // (page_size * kh * d) + 2000
     rng = np.random.default_rng(4)

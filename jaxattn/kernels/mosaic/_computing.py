@@ -96,11 +96,11 @@ class Computing:
         """The unit's tiles, the n-th loaded and so on: (sums float32 [r, d], state)."""
         source, dtype, score = self.static.source, q_tile.dtype, self.static.score
         factor, headroom = self.scale(self.k_scale_ref, rows), 0
-        if source.narrow:
+        if dtype == jnp.float16 and (source.narrow or self.scales is not None):
             headroom = HEADROOM
-            if dtype != self.o_ref.dtype:
-                power = _queries.in_float16(q_tile, self.o_ref.dtype)
-                factor = power if factor is None else jnp.maximum(power * factor, SMALLEST)
+        if dtype != self.o_ref.dtype:
+            power = _queries.in_float16(q_tile, self.o_ref.dtype)
+            factor = power if factor is None else jnp.maximum(power * factor, SMALLEST)
         # A cap comes between the scores' factor and the exponent.
         before = factor if score.soft_cap else None
         after = None if score.soft_cap else factor
@@ -117,12 +117,15 @@ class Computing:
         def wait_masked_values(i):
             """At once, and zeros go where no key of the request is: a weight of 0 times NaN is NaN.
 
-            Rows come without them, boxes with what lies before and behind the request's keys.
+            Rows come without them, boxes with what lies before and behind the request's keys; and those of a line with
+            tokens of pages behind a window, which may hold anything.
             """
             self.wait_full(self.values, n + i)
             if source.in_boxes:
                 first = rows.first_key(i)
-                begin, end = -first, rows.unit.span.own_end - first
+                line = source.in_line and source.may_begin_early
+                begin = rows.unit.span.begin - first if line else -first
+                end = rows.unit.span.own_end - first
 
                 @pl.when((begin > 0) | (end < source.block))
                 def _():
@@ -155,6 +158,9 @@ class Computing:
                 s = self.mask(s, rows, i)
             taken = softmax.update(state, s, masked=masked, parts=None if of is None else of.per_v)
             if self.scales is not None:
+                if source.in_boxes:
+                    # The copy engine's next writes there could come before reads that no such fence ends.
+                    wg.fence()
                 release(self.scales, n + i)
             return taken
 
@@ -208,7 +214,7 @@ class Computing:
             short_kv = self.static.config.short_kv
             carry = lax.cond(phases.short != 0, short, whole) if short_kv else whole()
             steps = [masked, plain]
-            if self.static.spec.visible.window_left is not None or not source.paged:
+            if self.static.spec.visible.window_left is not None or source.may_begin_early:
                 steps.append(masked)
             for tiles_step, (begin, end) in zip(steps, phases.ranges(tiles)):
                 carry = lax.fori_loop(begin, end, tiles_step, carry)

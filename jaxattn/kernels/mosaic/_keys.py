@@ -2,8 +2,8 @@
 
 Keys are read in tiles of `block`, from the last one of a work item to its first. Two ways lead there:
 
-    boxes   the bulk copy engine moves boxes of neighbouring tokens: of pages of 8 tokens and more, and of contiguous
-            keys. One thread starts a box; slots beyond the array are filled with zeros.
+    boxes   the bulk copy engine moves boxes of neighbouring tokens: of pages of 8 tokens and more, of contiguous keys,
+            and of keys that were laid in a line. One thread starts a box; slots beyond the array are filled with zeros.
     rows    the threads of the loading warpgroups move one token's row each: pages of any size, and numbers of 8 bits,
             which they convert.
 
@@ -35,6 +35,7 @@ class KeySource:
     block: int  # keys of a tile
     narrow: bool = False  # of 8 bits: a tile's are of 16
     scales_per_token: bool = False
+    in_line: bool = False  # the pages' tokens one behind the other, as `keys_in_line` leaves them
 
     @classmethod
     def of_cache(cls, cache: PagedKVCache, block: int) -> "KeySource":
@@ -57,6 +58,16 @@ class KeySource:
         strides = RowStrides(page=0, slot=slot, head=head, value=0)
         return cls(layout, num_tokens, None, False, strides, block, narrow)
 
+    def laid(self) -> "KeySource":
+        """Of the same cache, its tokens in a line [1, c, kh, d], and scales of tokens in one of their own."""
+        return dataclasses.replace(
+            self,
+            layout="NHD",
+            combined=False,
+            narrow=False,
+            in_line=True,
+        )
+
     @property
     def paged(self) -> bool:
         return self.num_pages is not None
@@ -67,8 +78,20 @@ class KeySource:
         return (page >= 0) & (page < self.num_pages)
 
     @property
+    def by_page(self) -> bool:
+        """Whether tokens lie where the page table says; else those of a request lie one behind the other."""
+        return self.paged and not self.in_line
+
+    @property
+    def may_begin_early(self) -> bool:
+        """Whether a tile may hold tokens before its work item's: boxes begin with a block of 8 rows."""
+        return not self.paged or self.in_line and self.page_size % 8 != 0
+
+    @property
     def in_boxes(self) -> bool:
         """Whether the copy engine can move it: boxes begin and end with a block of 8 rows, and stay as they are."""
+        if self.in_line:
+            return True
         if self.narrow:
             return False
         if not self.paged:
@@ -80,7 +103,11 @@ class KeySource:
     @property
     def box(self) -> int:
         """Tokens of a box."""
-        return min(self.page_size, self.block) if self.paged else self.block
+        return min(self.page_size, self.block) if self.by_page else self.block
+
+    def first_row(self, page_start: jax.Array) -> jax.Array:
+        """Of a request's keys that lie one behind the other."""
+        return page_start * self.page_size if self.paged else page_start
 
     @property
     def boxes(self) -> int:
@@ -105,14 +132,14 @@ class KeySource:
         if page_range is None:
             rows = self.page_size - item.page_start
             end, own_end = jnp.minimum(end, rows), jnp.minimum(own_end, rows)
-            if self.in_boxes:
-                origin -= lax.rem(item.page_start + origin, 8)
             absent = jnp.int32(0)
         else:
             assert self.num_pages is not None
             lowest, highest = page_range
             end = jnp.where(lowest < self.num_pages, end, begin)
             absent = (highest >= self.num_pages).astype(jnp.int32)
+        if self.in_boxes and self.may_begin_early:
+            origin -= lax.rem(self.first_row(item.page_start) + origin, 8)
         # Rows without keys go through one tile that they see nothing of.
         tiles = lax.div(jnp.maximum(end - origin, 1) + (self.block - 1), self.block)
         return Span(begin, end, origin, tiles, absent, item.page_start, own_end)
@@ -144,7 +171,7 @@ class Keys:
 
     def pages(self, j: jax.Array, numbers: list[int]) -> tuple[Any, ...]:
         """What the table names for tile j's boxes with these numbers."""
-        if not self.source.paged:
+        if not self.source.by_page:
             return (None,) * len(numbers)
 
         def page(number):
@@ -158,6 +185,14 @@ class Keys:
         """Of a box's first token."""
         return self.span.origin + j * self.source.block + number * self.source.box
 
+    def _row(self, position: jax.Array) -> jax.Array:
+        """Where keys that lie one behind the other have this one."""
+        return _times_8(self.source.first_row(self.span.page_start) + position)
+
+    def tokens(self, j: jax.Array) -> Any:
+        """Those of tile j, where keys lie one behind the other."""
+        return pl.ds(self._row(self._position(j, 0)), self.source.block)
+
     def boxes(
         self, ref: Any, value: bool, j: jax.Array, numbers: list[int], pages: Any
     ) -> list[Any]:
@@ -166,7 +201,7 @@ class Keys:
         found = []
         for number, page in zip(numbers, pages):
             position = self._position(j, number)
-            if source.paged:
+            if source.by_page:
                 exists = source.has(page) & (position < self.span.end)
                 # Entries of pages behind a window may name any page.
                 exists &= position + source.box > self.span.begin
@@ -175,7 +210,7 @@ class Keys:
                 whole = source.page_size == source.box
                 offset: Any = 0 if whole else _times_8(lax.rem(position, source.page_size))
             else:
-                page, offset = jnp.int32(0), _times_8(self.span.page_start + position)
+                page, offset = jnp.int32(0), self._row(position)
             if source.combined:
                 page = 2 * page + int(value)
             tokens = pl.ds(offset, source.box)

@@ -103,6 +103,7 @@ class BoxLoader(Loader):
     v_ref: Any
     k: Stages
     v: Stages
+    scales: Any  # `TokenScales` in a line, which come with keys; or None
     values_first: bool  # values come ahead too
 
     def begin(self, first: Keys) -> None:
@@ -163,6 +164,8 @@ class BoxLoader(Loader):
                 plgpu.copy_gmem_to_smem(
                     source, stages.tiles.at[stage, place], stages.full.at[stage]
                 )
+            if self.scales is not None and not value and 0 in numbers:
+                self.scales.copy(n + i, keys, tiles - 1 - i, stages.full.at[stage])
             return coming
 
         lax.fori_loop(first, end, tile, keys.pages(tiles - 1 - first, numbers))
@@ -317,7 +320,7 @@ def loaders(
     rings: of `_converting`, for K and for V; scales: `TokenScales`, or None; values_first: of a `BoxLoader`.
     """
     if source.in_boxes:
-        return (BoxLoader(k_ref, v_ref, k, v, values_first),)
+        return (BoxLoader(k_ref, v_ref, k, v, scales, values_first),)
     shift = source.strides.value
     if source.narrow:
         return (

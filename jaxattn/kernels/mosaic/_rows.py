@@ -64,6 +64,6 @@ class Rows:
         if visible.window_left is not None:
             begin = jnp.maximum(position - visible.window_left, span.begin)
             seen &= key >= along_keys(begin, s)
-        elif not self.static.source.paged:
+        elif self.static.source.may_begin_early:
             seen &= key >= span.begin
         return jnp.where(seen, s, -jnp.inf)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._loading import Stages
 from jaxattn.kernels.mosaic._online_softmax import KEY
-from jaxattn.kv_scales import MIN_SCALE
+from jaxattn.kv_scales import columns
 
 
 class Columns(NamedTuple):
@@ -35,9 +35,9 @@ class Columns(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenScales(Stages):
-    """`Columns` float32 [stages, 3, 128] in shared memory: full when their keys are, empty after the softmax."""
+    """`Columns` float32 [stages, 3, k] in shared memory: full when their keys are, empty after the softmax."""
 
-    k_ref: Any  # float32 [num_rows], in device memory
+    k_ref: Any  # float32 [num_rows], in device memory; or a line [3, kh, c] of `columns` of both
     v_ref: Any
 
     def load(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,16 +47,16 @@ class TokenScales(Stages):
 
     def put(self, n: jax.Array, rows: jax.Array, scales: tuple[jax.Array, jax.Array]) -> None:
         """Those of the n-th tile, for whoever is told that its keys are there."""
-        there = rows >= 0
-        k, v = scales
-        # Others than the append may write 0 for a vector of zeros.
-        v = jnp.where(there, jnp.maximum(v, MIN_SCALE), 0.0)
         self.wait_empty(n)
         stage = self.stage(n)
-        self.tiles[stage, 0] = jnp.where(there, k, 1.0)
-        self.tiles[stage, 1] = jnp.log2(v)
-        # Also of NaN, which is for those who see the token: it makes their exponents NaN, and weights of 0 stay 0.
-        self.tiles[stage, 2] = jnp.where(v > 0, 1.0 / v, 0.0)
+        for i, column in enumerate(columns(*scales, rows >= 0)):
+            self.tiles[stage, i] = column
+
+    def copy(self, n: jax.Array, keys: Any, j: jax.Array, full: Any) -> None:
+        """Begins to load those of the n-th tile, tile j of its unit, from a line of `columns`, by the copy engine."""
+        self.wait_empty(n)
+        place = self.k_ref.at[:, keys.head, keys.tokens(j)]
+        plgpu.copy_gmem_to_smem(place, self.tiles.at[self.stage(n)], full)
 
     def columns(self, n: jax.Array, keys: int) -> Columns:
         """By a computing warpgroup: of the first keys of the n-th tile."""

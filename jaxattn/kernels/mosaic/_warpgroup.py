@@ -137,10 +137,13 @@ def clear_rows(dst: Any, begin: jax.Array, end: jax.Array) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), EACH, EACH))
     def clear(ctx, dst, begin, end):
         begin, end, thread = _own(begin), _own(end), _thread()
-        for k in range(rows * (d // 64) // THREADS):
+        parts = rows * (d // 64)
+        for k in range(-(-parts // THREADS)):
             part = arith.addi(thread, _i32(k * THREADS))
             row, column = arith.remui(part, _i32(rows)), arith.divui(part, _i32(rows))
             outside = arith.ori(_compare("slt", row, begin), _compare("sge", row, end))
+            if parts % THREADS:
+                outside = arith.andi(outside, _compare("slt", part, parts))
             block = arith.addi(arith.muli(arith.divui(row, _i32(8)), _i32(d // 64)), column)
             address = arith.addi(_shared_address(dst), arith.muli(block, _i32(BLOCK_BYTES)))
             address = arith.addi(address, arith.muli(arith.remui(row, _i32(8)), _i32(128)))

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.device import num_sms
+from jaxattn.kernels.mosaic import _in_line
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._computing import COMPUTING, Computing
 from jaxattn.kernels.mosaic._converting import staging
@@ -39,6 +40,7 @@ from jaxattn.kernels.mosaic._online_softmax import ROWS
 from jaxattn.kernels.mosaic._token_scales import TokenScales
 from jaxattn.kernels.mosaic._units import FIELDS, RING, Ahead, Schedule, Statics
 from jaxattn.kernels.mosaic.tiles import Config, default_config
+from jaxattn.kernels.triton.keys_in_line import keys_in_line
 from jaxattn.kv_cache import PagedKVCache
 from jaxattn.kv_scales import FP8_DTYPES, KVScales
 from jaxattn.plan import AttentionPlan
@@ -58,7 +60,7 @@ def _attention_kernel(
     indices_ref,  # int32 [capacity]; None for contiguous keys
     page_range_ref,  # int32 [2], as in the plan; likewise
     sinks_ref,  # float32 [h] or None
-    k_scale_ref,  # float32 [1] or [kh], what keys are multiplied by, or of tokens, as `TokenScales`; or None
+    k_scale_ref,  # float32 [1] or [kh], what keys are multiplied by; or of tokens, as `TokenScales`; or None
     v_scale_ref,  # likewise
     counts_ref,  # int32, zeros: the arrivals of `Partials`, then what `Schedule` counts; None where neither is needed
     o_ref,  # [t * h, d]
@@ -115,7 +117,7 @@ def _attention_kernel(
         rings_smem,
         scales,
         # 1% to 2% faster; over pages as much slower (`benchmarks/results/h200_sweeps_mosaic.txt`, 13.).
-        values_first=static.ahead.draw and not static.source.paged,
+        values_first=static.ahead.draw and not static.source.by_page,
     )
 
     @pl.when(warpgroup == COMPUTING)
@@ -181,12 +183,18 @@ def paged_attention(
     Returns:
       (o [t, h, d], lse float32 [t, h]).
     """
-    d = q.shape[-1]
-    source = KeySource.of_cache(cache, (config or default_config(d)).block_kv)
-    config = config or default_config(d, rows=not source.in_boxes)
-    arrays = source.arrays(cache.arrays[0], cache.arrays[-1])
+    d, laid = q.shape[-1], _in_line.pays(cache.arrays[-1], plan)
+    config_of = functools.partial(default_config, d, plan.spec.visible.window_left)
+    narrow = cache.is_fp8 and not laid
+    source = KeySource.of_cache(cache, (config or config_of(narrow=narrow)).block_kv)
+    arrays, scales = source.arrays(cache.arrays[0], cache.arrays[-1]), _flat(cache.scales)
+    if laid and not source.in_boxes:
+        lines = keys_in_line(cache, plan, q.dtype, name=name)
+        source, arrays = source.laid(), (lines.k[None], lines.v[None])
+        scales = scales if lines.scales is None else (lines.scales, None)
+    config = config or config_of(rows=not source.in_boxes, narrow=narrow)
     how: dict[str, Any] = dict(score=score, name=name, config=config)
-    return _attention(q, arrays, source, cache.scales, plan, sinks, **how)
+    return _attention(q, arrays, source, scales, plan, sinks, **how)
 
 
 def contiguous_attention(
@@ -205,13 +213,21 @@ def contiguous_attention(
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over contiguous k, v [tokens, kh, d] ("NHD") or [kh, tokens, d] ("HND"), as `paged_attention`."""
-    d, narrow = q.shape[-1], k.dtype.name in FP8_DTYPES
-    tokens, block = k.shape[0 if kv_layout == "NHD" else 1], (config or default_config(d)).block_kv
+    d, tokens = q.shape[-1], k.shape[0 if kv_layout == "NHD" else 1]
+    narrow = k.dtype.name in FP8_DTYPES
+    if narrow and _in_line.pays(v, plan):
+        narrow, k, v = False, k.astype(q.dtype), v.astype(q.dtype)
+    config_of = functools.partial(default_config, d, plan.spec.visible.window_left, narrow=narrow)
+    block = (config or config_of()).block_kv
     source = KeySource.contiguous(tokens, plan.num_kv_heads, kv_layout, block, narrow)
-    config = config or default_config(d, rows=not source.in_boxes)
+    config = config or config_of(rows=not source.in_boxes)
     arrays = source.arrays(k, v)
     how: dict[str, Any] = dict(score=score, name=name, config=config)
-    return _attention(q, arrays, source, kv_scales, plan, sinks, **how)
+    return _attention(q, arrays, source, _flat(kv_scales), plan, sinks, **how)
+
+
+def _flat(scales: KVScales | None) -> tuple[jax.Array | None, jax.Array | None]:
+    return (None, None) if scales is None else (scales.k.reshape(-1), scales.v.reshape(-1))
 
 
 # A program that calls it in each of its layers holds it once: it takes some ten seconds to lower and to assemble.
@@ -220,7 +236,7 @@ def _attention(
     q: jax.Array,
     arrays: tuple[jax.Array, jax.Array],
     source: KeySource,
-    scales: KVScales | None,
+    scales: tuple[jax.Array | None, jax.Array | None],
     plan: AttentionPlan,
     sinks: jax.Array | None,
     *,
@@ -269,8 +285,8 @@ def _attention(
             indices_ref=plan.page_indices,
             page_range_ref=plan.page_range,
             sinks_ref=sinks,
-            k_scale_ref=None if scales is None else scales.k.reshape(-1),
-            v_scale_ref=None if scales is None else scales.v.reshape(-1),
+            k_scale_ref=scales[0],
+            v_scale_ref=scales[1],
         ),
         dict(
             o_ref=jax.ShapeDtypeStruct((t * h, d), q.dtype),
@@ -283,7 +299,7 @@ def _attention(
             q_full=barriers(buffers, 1),
             q_empty=barriers(buffers, COMPUTING),
             k_smem=shared(stages, keys, d),
-            k_full=barriers(stages, source.boxes),
+            k_full=barriers(stages, source.boxes + (of_tokens and source.in_line)),
             k_empty=barriers(stages, COMPUTING),
             v_smem=shared(stages, keys, d),
             v_full=barriers(stages, source.boxes),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.device import has_wgmma
+from jaxattn.kernels.mosaic._in_line import pays
 from jaxattn.kv_scales import FP8_DTYPES
 from jaxattn.plan import MAX_ROWS, AttentionPlan
 
@@ -49,8 +50,11 @@ def why_not_attention(
         return f"it takes keys and values of q's dtype, {q.dtype}, or of float8; got {values.dtype}"
     if d not in HEAD_DIMS or values.shape[-1] != d:
         return f"it takes head_dim {HEAD_DIMS}, the same for V; got {d} and {values.shape[-1]}"
-    if narrow and d not in NARROW_HEAD_DIMS:
-        return f"over keys and values of 8 bits it takes head_dim {NARROW_HEAD_DIMS}; got {d}"
+    if narrow and d not in NARROW_HEAD_DIMS and not pays(values, plan):
+        return (
+            f"over keys and values of 8 bits it takes head_dim {NARROW_HEAD_DIMS}, and others only where it pays to "
+            f"convert them first, for prompts that are long and most of the page table's tokens; got {d}"
+        )
     if out_dtype != q.dtype:
         return f"it writes q's dtype, {q.dtype}; out_dtype is {out_dtype}"
     if score_mods:

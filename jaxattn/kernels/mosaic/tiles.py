@@ -10,6 +10,8 @@ head_dim 256 do not compile for four, of which a thread has 128 registers at fir
 
 import dataclasses
 
+from jaxattn.plan import SHORT_WINDOW
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -26,9 +28,14 @@ class Config:
         return self.block_kv // 2 if self.block_kv >= 128 else 0
 
 
-def default_config(head_dim: int, rows: bool = False) -> Config:
-    """rows: keys and values come row by row, by the threads."""
+def default_config(
+    head_dim: int, window_left: int | None = None, *, rows: bool = False, narrow: bool = False
+) -> Config:
+    """rows: keys and values come row by row, by the threads; narrow: and are of 8 bits."""
     if head_dim > 128:
         return Config(64, 2, 1, True, (240, 24), 1)
     registers, loaders = ((216, 40), 2) if rows else ((232, 40), 1)
-    return Config(128, 2 if head_dim > 64 else 4, 2, True, registers, loaders)
+    block, stages = 128, 2 if head_dim > 64 else 4
+    if window_left is not None and window_left < SHORT_WINDOW and not narrow:
+        block, stages = 64, 3 * stages // 2 if head_dim <= 64 else 2 * stages
+    return Config(block, stages, 2, True, registers, loaders)

@@ -103,8 +103,8 @@ class Keys:
             rows = page_id * strides.page + slot * strides.slot
             rows = jnp.where(known, rows, self.spare_page * strides.page)
         rows += self.head * strides.head
-        k = _load_rows(self.k_ref, rows, None)
-        v = _load_rows(self.v_ref, rows + strides.value, exist[:, None])
+        k = load_whole_rows(self.k_ref, rows, None)
+        v = load_whole_rows(self.v_ref, rows + strides.value, exist[:, None])
         k_scale = v_scale = None
         if self.scale_refs is not None and self.source.scales_per_token:
             # A mask would be carried along from here to their use, in registers that a fourth program needs. What is
@@ -207,7 +207,7 @@ def load_rows(ref: jax.Ref, rows: jax.Array, cols: jax.Array, mask: jax.Array | 
     )
 
 
-def _load_rows(ref: jax.Ref, rows: jax.Array, exist: jax.Array | None) -> jax.Array:
+def load_whole_rows(ref: jax.Ref, rows: jax.Array, exist: jax.Array | None) -> jax.Array:
     """All columns of some rows, [rows, pow2(columns)]; 0 beyond the columns, and where not exist [rows, 1]."""
     cols = jnp.arange(pow2(ref.shape[1]), dtype=jnp.int32)
     inside = None if cols.size == ref.shape[1] else (cols < ref.shape[1])[None, :]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS
+from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, SHORT_WINDOW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Shape:
     wgmma: bool
     bits: bool  # with mask bits, an address of which each score has
     fp8: bool  # keys of 8 bits, which become 16 on the way to the tensor cores
+    short_window: bool
 
     @property
     def few(self) -> bool:
@@ -115,7 +116,14 @@ TABLE = (
         3,
         "mma.sync's operands fill registers",
     ),
-    Row(lambda s: s.head_dim <= 64 and s.wgmma, ALL, 128, 4, 2, "one product at a time, but long"),
+    Row(
+        lambda s: s.head_dim <= 64 and s.wgmma and not s.short_window,
+        ALL,
+        128,
+        4,
+        2,
+        "one product at a time, but long",
+    ),
     Row(lambda s: s.paged, ALL, 64, 4, 4, "one stage is that of the page ids"),
     Row(lambda s: True, ALL, 64, 4, 2, "two programs fit on a multiprocessor"),
 )
@@ -132,6 +140,7 @@ def default_config(
     wgmma: bool,
     bits: bool = False,
     fp8: bool = False,
+    window_left: int | None = None,
 ) -> Config:
     """The tile for a shape; a pure function of it."""
     float32 = jnp.dtype(dtype) == jnp.float32
@@ -145,6 +154,7 @@ def default_config(
         wgmma,
         bits,
         fp8,
+        window_left is not None and window_left < SHORT_WINDOW,
     )
     row = next(row for row in TABLE if row.fits(shape))
     # Page ids are loaded two stages before the keys of a tile of few rows; contiguous keys have none. Measured for
