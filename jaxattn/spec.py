@@ -56,6 +56,13 @@ class Visible:
             )
         return cls(left, 0 if causal else right)
 
+    @property
+    def width(self) -> int | None:
+        """The most keys that a query sees; None: no bound."""
+        if self.window_left is None or self.window_right is None:
+            return None
+        return self.window_left + 1 + self.window_right
+
     def begin(self, i: Position) -> Position:
         """The first key that a query at position i sees."""
         return 0 if self.window_left is None else jnp.maximum(i - self.window_left, 0)

@@ -9,8 +9,10 @@ import pytest
 from helpers import Paged, assert_lse, assert_rivals, dense_batch, make_paged, rounded, same_bits
 
 import jaxattn as ja
+from jaxattn.kernels.mosaic.tiles import default_config as hopper_config
 from jaxattn.kernels.triton import _merge_apart
 from jaxattn.kernels.triton import attention as kernel
+from jaxattn.spec import Visible
 from jaxattn.work_list import WorkItem
 
 BACKENDS = ["interpret", "xla"]
@@ -442,6 +444,18 @@ def test_merging_reads_no_rows_beyond_its_tile(new, rows, head_dim, wgmma):
         )
         merging = kernel.Merging.of(plan, config, head_dim, wgmma=wgmma)
         assert config.block_rows % merging.rows == 0
+
+
+@pytest.mark.parametrize(
+    "left, right, keys",
+    [(127, 0, 64), (96, 95, 64), (191, 0, 64), (192, 0, 128), (96, 96, 128), (127, None, 128)],
+)
+def test_short_windows_take_fewer_keys_at_a_time(left, right, keys):
+    visible = Visible(left, right)
+    how = dict(group=8, programs_per_sm=2, paged=True, wgmma=True, width=visible.width)
+    assert kernel.default_config(128, 64, jnp.bfloat16, **how).block_kv == keys
+    assert hopper_config(64, visible.width).block_kv == keys
+    assert hopper_config(64, visible.width, narrow=True).block_kv == 128
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])

@@ -101,10 +101,11 @@ def test_what_is_done_ahead(units, head_dim, page_size, window, queries, draw):
     from jaxattn.kernels.mosaic._units import Ahead
     from jaxattn.kernels.mosaic.tiles import default_config
 
-    block = default_config(head_dim, window).block_kv
+    visible = Visible.of(True, window)
+    block = default_config(head_dim, visible.width).block_kv
     source = KeySource("NHD", page_size, 1000, False, None, block)
-    config = default_config(head_dim, window, rows=not source.in_boxes)
-    ahead = Ahead.of(units, source, config, Visible.of(True, window))
+    config = default_config(head_dim, visible.width, rows=not source.in_boxes)
+    ahead = Ahead.of(units, source, config, visible)
     assert ahead == Ahead(queries, draw)
 
 

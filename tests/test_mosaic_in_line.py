@@ -50,6 +50,7 @@ from jaxattn.kernels.triton.keys_in_line import keys_in_line
         (dict(window_left=4094, qo_len=8192), False),
         (dict(window_left=127, dtype=E4M3), True),
         (dict(window_left=126, dtype=E4M3), False),
+        (dict(window_left=126, dtype=E4M3, causal=False), True),  # no bound to the right
         (dict(dtype=E4M3, pages=2**22), True),
         (dict(dtype=E4M3, pages=2**22 + 1), False),
         (dict(dtype=E4M3, pages=2**23 + 1), True),
@@ -59,7 +60,7 @@ from jaxattn.kernels.triton.keys_in_line import keys_in_line
 )
 def test_when_keys_are_laid_in_a_line(changed, want):
     how = dict(qo_len=4096, heads=(16, 4), room=1, dtype=jnp.bfloat16, batch=1, window_left=None)
-    how |= dict(contiguous=False, d=128) | changed
+    how |= dict(contiguous=False, d=128, causal=True) | changed
     tokens = how["batch"] * how["qo_len"]
     kv_heads = how["heads"][1]
     room = tokens * how["room"]
@@ -70,10 +71,10 @@ def test_when_keys_are_laid_in_a_line(changed, want):
         of = dict(num_qo_tokens=tokens, num_qo_heads=how["heads"][0], num_kv_heads=kv_heads)
         of |= dict(window_left=how["window_left"], num_sms=8)
         if how["contiguous"]:
-            return ja.plan_ragged_prefill(indptr, indptr, **of)
+            return ja.plan_ragged_prefill(indptr, indptr, causal=how["causal"], **of)
         indices = jnp.zeros(room, jnp.int32)
         table = ja.PageTable(indptr, indices, jnp.ones(how["batch"], jnp.int32), 1)
-        return ja.plan_prefill(indptr, table, **of)
+        return ja.plan_prefill(indptr, table, causal=how["causal"], **of)
 
     shape = (room,) if how["contiguous"] else (pages, 1)
     values = jax.ShapeDtypeStruct((*shape, kv_heads, how["d"]), how["dtype"])

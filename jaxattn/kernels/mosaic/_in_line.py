@@ -36,8 +36,10 @@ def pays(values: jax.Array, plan: AttentionPlan) -> bool:
     else:
         room, of_cache = (n * plan.page_size for n in (plan.page_indices.size, values.shape[0]))
         fits = room <= of_cache and (plan.batch_size == 1 or room <= ROOM * tokens)
-    seen, window = tokens // plan.batch_size, plan.spec.visible.window_left
-    readers = min(seen, seen if window is None else window + 1) * plan.spec.group // MAX_ROWS
+    queries = tokens // plan.batch_size
+    # A key is seen by as many queries as a query sees keys.
+    seen_by = min(queries, plan.spec.visible.width or queries)
+    readers = seen_by * plan.spec.group // MAX_ROWS
     if narrow:
         many = readers * plan.spec.group >= NARROW_READERS
     else:

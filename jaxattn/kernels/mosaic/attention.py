@@ -184,7 +184,7 @@ def paged_attention(
       (o [t, h, d], lse float32 [t, h]).
     """
     d, laid = q.shape[-1], _in_line.pays(cache.arrays[-1], plan)
-    config_of = functools.partial(default_config, d, plan.spec.visible.window_left)
+    config_of = functools.partial(default_config, d, plan.spec.visible.width)
     narrow = cache.is_fp8 and not laid
     source = KeySource.of_cache(cache, (config or config_of(narrow=narrow)).block_kv)
     arrays, scales = source.arrays(cache.arrays[0], cache.arrays[-1]), _flat(cache.scales)
@@ -217,7 +217,7 @@ def contiguous_attention(
     narrow = k.dtype.name in FP8_DTYPES
     if narrow and _in_line.pays(v, plan):
         narrow, k, v = False, k.astype(q.dtype), v.astype(q.dtype)
-    config_of = functools.partial(default_config, d, plan.spec.visible.window_left, narrow=narrow)
+    config_of = functools.partial(default_config, d, plan.spec.visible.width, narrow=narrow)
     block = (config or config_of()).block_kv
     source = KeySource.contiguous(tokens, plan.num_kv_heads, kv_layout, block, narrow)
     config = config or config_of(rows=not source.in_boxes)

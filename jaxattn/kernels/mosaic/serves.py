@@ -52,8 +52,8 @@ def why_not_attention(
         return f"it takes head_dim {HEAD_DIMS}, the same for V; got {d} and {values.shape[-1]}"
     if narrow and d not in NARROW_HEAD_DIMS and not pays(values, plan):
         return (
-            f"over keys and values of 8 bits it takes head_dim {NARROW_HEAD_DIMS}, and others only where it pays to "
-            f"convert them first, for prompts that are long and most of the page table's tokens; got {d}"
+            f"over keys and values of 8 bits it takes head_dim {NARROW_HEAD_DIMS}, and others only where prompts are "
+            f"so long, and the page table has so little room beside them, that all keys are converted first; got {d}"
         )
     if out_dtype != q.dtype:
         return f"it writes q's dtype, {q.dtype}; out_dtype is {out_dtype}"

@@ -29,13 +29,13 @@ class Config:
 
 
 def default_config(
-    head_dim: int, window_left: int | None = None, *, rows: bool = False, narrow: bool = False
+    head_dim: int, width: int | None = None, *, rows: bool = False, narrow: bool = False
 ) -> Config:
-    """rows: keys and values come row by row, by the threads; narrow: and are of 8 bits."""
+    """width: `Visible.width`. rows: keys and values come row by row, by the threads; narrow: and are of 8 bits."""
     if head_dim > 128:
         return Config(64, 2, 1, True, (240, 24), 1)
     registers, loaders = ((216, 40), 2) if rows else ((232, 40), 1)
     block, stages = 128, 2 if head_dim > 64 else 4
-    if window_left is not None and window_left < SHORT_WINDOW and not narrow:
+    if width is not None and width <= SHORT_WINDOW and not narrow:
         block, stages = 64, 3 * stages // 2 if head_dim <= 64 else 2 * stages
     return Config(block, stages, 2, True, registers, loaders)

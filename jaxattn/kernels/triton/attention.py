@@ -338,7 +338,7 @@ def _attention(
         paged=num_pages is not None,
         wgmma=wgmma,
         bits=plan.mask is not None,
-        window_left=plan.spec.visible.window_left,
+        width=plan.spec.visible.width,
     )
     pairs = fp8 and dv % 2 == 0 and not (wgmma and config.block_rows >= MID_ROWS)
     lines = scales_in_line(scales, plan, strides, num_pages, name=name, interpret=interpret)

@@ -140,9 +140,9 @@ def default_config(
     wgmma: bool,
     bits: bool = False,
     fp8: bool = False,
-    window_left: int | None = None,
+    width: int | None = None,
 ) -> Config:
-    """The tile for a shape; a pure function of it."""
+    """The tile for a shape; a pure function of it. width: `Visible.width`."""
     float32 = jnp.dtype(dtype) == jnp.float32
     shape = Shape(
         block_rows,
@@ -154,7 +154,7 @@ def default_config(
         wgmma,
         bits,
         fp8,
-        window_left is not None and window_left < SHORT_WINDOW,
+        width is not None and width <= SHORT_WINDOW,
     )
     row = next(row for row in TABLE if row.fits(shape))
     # Page ids are loaded two stages before the keys of a tile of few rows; contiguous keys have none. Measured for
