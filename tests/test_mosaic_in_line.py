@@ -11,6 +11,7 @@ from helpers import make_paged, with_scales
 from test_mosaic import (
     E4M3,
     E5M2,
+    JAX_0_11,
     VARIANTS,
     absent_pages,
     any_size,
@@ -26,6 +27,7 @@ from variants import Variant
 import jaxattn as ja
 from jaxattn.kernels.mosaic import _in_line, serves
 from jaxattn.kernels.triton.keys_in_line import keys_in_line
+from jaxattn.work_list import WorkItem
 
 
 @pytest.mark.parametrize(
@@ -36,15 +38,17 @@ from jaxattn.kernels.triton.keys_in_line import keys_in_line
         (dict(batch=16, qo_len=128, dtype=E4M3), True),  # 4 tiles of 4 heads
         (dict(batch=17, qo_len=127, dtype=E4M3), False),
         (dict(heads=(4, 4), qo_len=2048, dtype=E4M3), True),
-        (dict(heads=(4, 4), qo_len=2047, dtype=E4M3, room=2), False),
-        (dict(qo_len=2047, dtype=E4M3), False),  # too few tokens
-        (dict(qo_len=512, room=4, dtype=E4M3), True),
+        (dict(heads=(4, 4), qo_len=2047, dtype=E4M3, room=9), False),
         (dict(heads=(32, 2), batch=2, qo_len=1024), True),
         (dict(d=256, batch=4, qo_len=512), True),
         (dict(d=256, batch=5, qo_len=511), False),
+        (dict(qo_len=2047, dtype=E4M3), False),  # too few tokens
+        (dict(qo_len=2047, dtype=E4M3, room=8), False),
+        (dict(qo_len=512, room=32, dtype=E4M3), True),  # few queries, but room for many keys
         (dict(batch=2, room=4), True),
         (dict(batch=2, room=5), False),  # some may have many keys and few queries
-        (dict(room=5), True),
+        (dict(room=64), True),
+        (dict(room=65), False),  # so much memory for so few queries
         (dict(pages=4095), False),  # the line would take more than the cache
         (dict(window_left=4095, qo_len=8192), True),
         (dict(window_left=4094, qo_len=8192), False),
@@ -54,8 +58,7 @@ from jaxattn.kernels.triton.keys_in_line import keys_in_line
         (dict(dtype=E4M3, pages=2**22), True),
         (dict(dtype=E4M3, pages=2**22 + 1), False),
         (dict(dtype=E4M3, pages=2**23 + 1), True),
-        (dict(contiguous=True, dtype=E5M2), True),
-        (dict(contiguous=True, dtype=E5M2, room=5), False),
+        (dict(contiguous=True, dtype=E5M2), False),
     ],
 )
 def test_when_keys_are_laid_in_a_line(changed, want):
@@ -140,6 +143,47 @@ def test_a_line_holds_the_tokens_of_the_table(page_size, layout, combined, scale
             agree(line.T, np.pad(want, pad, constant_values=absent))
 
 
+@pytest.mark.skipif(not JAX_0_11, reason="the lowering's modules are those of JAX 0.11")
+@pytest.mark.parametrize("page_size", [1, 5, 12, 16, 256])
+@pytest.mark.parametrize(
+    "kv_lens, qo_lens, more, window_left",
+    [
+        ([6000], [2048], 152, 1023),  # rows of q that no request owns, also read a tile each
+        ([6000], [2048], 152, 127),
+        ([600, 3000], [0, 2048], 152, None),
+        ([3000, 0, 700], [1000, 40, 300], 0, 300),
+        ([130, 1, 0, 300, 1000], [130, 1, 0, 257, 300], 3, None),
+    ],
+)
+def test_all_that_is_read_of_a_line_was_laid(page_size, kv_lens, qo_lens, more, window_left):
+    """Of every tile of every item; a weight of 0 times what nobody wrote may be NaN."""
+    from jaxattn.kernels.mosaic._keys import KeySource
+
+    shape = dict(page_size=page_size, num_kv_heads=1, head_dim=64, dtype=E4M3)
+    paged = with_scales(make_paged(kv_lens, **shape, spare_entries=700 // page_size), "token")
+    plan = ja.plan_prefill(
+        i32(np.concatenate([[0], np.cumsum(qo_lens)])),
+        paged.table,
+        num_qo_tokens=sum(qo_lens) + more,
+        num_qo_heads=4,
+        num_kv_heads=1,
+        window_left=window_left,
+        num_sms=8,
+    )
+    lines = keys_in_line(paged.cache, plan, jnp.bfloat16, name="test", interpret=True)
+    parts = np.asarray(lines.scales[2, 0])
+    visible = plan.spec.visible
+    for block in (64, 128):
+        source = KeySource.of_cache(paged.cache, block).laid()
+        for i in range(int(plan.num_items[0])):
+            item = WorkItem(*(x[i] for x in plan.items.T))
+            first = item.row_begin // 4 + item.q_position
+            span = source.span(item, jnp.maximum(visible.begin(first), 0), tuple(plan.page_range))
+            begin = int(source.first_row(item.page_start) + span.origin)
+            assert begin >= 0 and begin % 8 == 0
+            assert np.isfinite(parts[begin : begin + int(span.tiles) * block]).all()
+
+
 def test_a_line_of_one_request_holds_what_it_sees_alone():
     """A table with room for 60 pages, of which a request has 20, and its window sees the last ones."""
     paged = make_paged([640], page_size=32, dtype=E4M3, spare_entries=40)
@@ -154,16 +198,23 @@ def test_a_line_of_one_request_holds_what_it_sees_alone():
     lines = keys_in_line(paged.cache, plan, jnp.float16, name="test", interpret=True)
     laid = np.isfinite(np.asarray(lines.v, np.float32)).all(axis=(1, 2))
     assert lines.v.shape[0] == 1920
-    np.testing.assert_array_equal(np.flatnonzero(laid), np.arange(256, 768))
+    np.testing.assert_array_equal(np.flatnonzero(laid), np.arange(384, 768))
 
 
 @pytest.fixture
 def in_line(monkeypatch):
-    """On Hopper, keys are laid in a line wherever they can be, however short the prompts."""
+    """On Hopper, keys are laid in a line wherever they can be, however short the prompts; and some were."""
     if not on_hopper():
         pytest.skip(f"the Hopper kernel does not run here: {serves.why_not()}")
+    from jaxattn.kernels.mosaic import attention
+
     for module in (_in_line, serves):
         monkeypatch.setattr(module, "pays", lambda *_: True)
+    laid = []
+    lay = lambda *args, **how: laid.append(1) or keys_in_line(*args, **how)
+    monkeypatch.setattr(attention, "keys_in_line", lay)
+    yield
+    assert laid
 
 
 IN_LINE_CASES = [

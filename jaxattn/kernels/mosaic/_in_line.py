@@ -13,35 +13,35 @@ from jaxattn.plan import MAX_ROWS, AttentionPlan
 # Tiles of queries that read a key, from which on the pass pays: for 16 bits in pages of few tokens, and for these where
 # one warpgroup would load both keys and values; for 8 bits, times the heads that share a key.
 READERS, WIDE_READERS, NARROW_READERS = 128, 16, 16
-# Tokens that there is room for, for each query token: of several requests some may have many keys and few queries. Of
-# one request's pages the pass takes those alone that it sees; of contiguous keys all.
-ROOM = 4
-FEW_TOKENS = 2048  # up to there the attention is over before a pass would pay
+# Tokens that the page table has room for, for each query token. Of several requests some may have many keys and few
+# queries, and the pass takes all. Of one request it takes those that are seen, and only memory counts.
+ROOM, ROOM_OF_ONE = 4, 64
+# Up to so many queries of prompts, or so much room for context, the attention is over before a pass pays.
+FEW_QUERIES, LITTLE_ROOM = 2048, 16384
 
 
 def pays(values: jax.Array, plan: AttentionPlan) -> bool:
-    """Whether what is not moved in boxes should be laid in a line first, in the queries' dtype.
+    """Whether pages that are not moved in boxes should be laid in a line first, in the queries' dtype.
 
-    Lines of K and V take together at most the memory of a layer's cache of that dtype.
+    Lines of K and V take together at most the memory of a layer's cache of that dtype, and of its scales of tokens.
 
     values: V, or the array that holds it.
     """
+    if plan.page_indices is None:
+        return False
     narrow = values.dtype.name in FP8_DTYPES
     if narrow and 2**31 < values.size <= 2**32:  # Triton's lowering would miscount its elements
         return False
     tokens = plan.num_qo_tokens
-    if plan.page_indices is None:
-        room = values.size // (plan.num_kv_heads * values.shape[-1])
-        fits = room <= ROOM * tokens
-    else:
-        room, of_cache = (n * plan.page_size for n in (plan.page_indices.size, values.shape[0]))
-        fits = room <= of_cache and (plan.batch_size == 1 or room <= ROOM * tokens)
+    room, of_cache = (n * plan.page_size for n in (plan.page_indices.size, values.shape[0]))
+    if room > min(of_cache, tokens * (ROOM if plan.batch_size > 1 else ROOM_OF_ONE)):
+        return False
+    if tokens < FEW_QUERIES and room < LITTLE_ROOM:
+        return False
     queries = tokens // plan.batch_size
     # A key is seen by as many queries as a query sees keys.
     seen_by = min(queries, plan.spec.visible.width or queries)
     readers = seen_by * plan.spec.group // MAX_ROWS
     if narrow:
-        many = readers * plan.spec.group >= NARROW_READERS
-    else:
-        many = readers >= (WIDE_READERS if values.shape[-1] > 128 else READERS)
-    return fits and many and max(tokens, room) >= FEW_TOKENS
+        return readers * plan.spec.group >= NARROW_READERS
+    return readers >= (WIDE_READERS if values.shape[-1] > 128 else READERS)

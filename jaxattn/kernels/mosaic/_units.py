@@ -19,8 +19,8 @@ from jaxattn.kernels.mosaic.tiles import Config
 from jaxattn.spec import AttentionSpec, Score, Visible
 from jaxattn.work_list import WorkItem
 
-# Units in shared memory. The loading warpgroup tells of the unit after the next one. It is at most six tiles ahead of
-# the computing ones, as there are stages, which may be as many units.
+# Units in shared memory. The loading warpgroup tells of the unit after the next one, and has loaded the queries of this
+# one, for which those of the unit two before it were given back: so four are alive, and there is room to spare.
 RING = 8
 
 # Units that a plan has room for, for each multiprocessor, from which on blocks draw ahead. With fewer they would not

@@ -215,8 +215,6 @@ def contiguous_attention(
     """Attention over contiguous k, v [tokens, kh, d] ("NHD") or [kh, tokens, d] ("HND"), as `paged_attention`."""
     d, tokens = q.shape[-1], k.shape[0 if kv_layout == "NHD" else 1]
     narrow = k.dtype.name in FP8_DTYPES
-    if narrow and _in_line.pays(v, plan):
-        narrow, k, v = False, k.astype(q.dtype), v.astype(q.dtype)
     config_of = functools.partial(default_config, d, plan.spec.visible.width, narrow=narrow)
     block = (config or config_of()).block_kv
     source = KeySource.contiguous(tokens, plan.num_kv_heads, kv_layout, block, narrow)

@@ -6,6 +6,9 @@ of 128 keys at head_dim 64, two at 128, two of 64 keys at 256; and the three war
 a thread of each. Of rows, a warpgroup for keys and one for values: four have 512. Over keys of 8 bits 208 and 216 for a
 computing one are level, 200 is slower (`h200_sweeps_mosaic.txt`), and with 216 no loop of products spills. Products of
 head_dim 256 do not compile for four, of which a thread has 128 registers at first.
+
+Under a short window tiles are of 64 keys, as many bytes of them or three quarters, which is level (the same, 14.); but
+keys of 8 bits are converted 128 at a time.
 """
 
 import dataclasses

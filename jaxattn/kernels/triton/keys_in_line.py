@@ -20,6 +20,7 @@ from jaxattn.kernels.triton._rows import Rows, divmod_by, load, store
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 from jaxattn.kv_scales import FP8_DTYPES, columns
 from jaxattn.plan import AttentionPlan
+from jaxattn.work_list import WorkItem
 
 BLOCK = 128  # tokens of a program
 
@@ -63,7 +64,7 @@ def _kernel(
 
 
 class Lines(NamedTuple):
-    """Tokens outside of what the plan's requests see are whatever memory holds."""
+    """Tokens outside of what the plan's items read are whatever memory holds."""
 
     k: jax.Array  # [c, kh, d]; zeros where a token has no page in the cache
     v: jax.Array
@@ -82,19 +83,20 @@ def keys_in_line(
 
     c is the tokens that the page table has room for, up to a multiple of BLOCK.
     """
-    assert plan.page_indices is not None and plan.qo_indptr is not None
+    assert plan.page_indices is not None and plan.num_items is not None
     scales = cache.scales if cache.scales is not None and cache.scales.per_token else None
     p, heads = cache.page_size, cache.num_kv_heads
     blocks = -(-plan.page_indices.shape[0] * p // BLOCK)
     room = blocks * BLOCK
-    lengths = plan.qo_indptr[1:] - plan.qo_indptr[:-1]
-    used = (lengths > 0) & (plan.kv_end > 0)
-    start = plan.page_start * p
-    # A tile of keys may begin before the first one that is seen, and end behind the last: there must be numbers too.
-    begin = start + plan.spec.visible.begin(plan.kv_len - lengths) - BLOCK
-    end = start + plan.kv_end + BLOCK
+    # Of the items, those without keys included, which read a tile all the same: a tile begins up to 7 tokens before its
+    # item's keys, and ends less than a tile behind them, and there must be numbers too.
+    item = WorkItem(*plan.items.T)
+    start = item.page_start * p
+    ends = jnp.stack(
+        [8 - start - item.kv_begin, start + jnp.maximum(item.kv_end, item.kv_begin) + BLOCK]
+    )
     # One reduction, and so one kernel of XLA's, for both.
-    ends = jnp.stack([-begin, end])
+    used = jnp.arange(plan.items.shape[0], dtype=jnp.int32) < plan.num_items
     ends = jnp.where(used, ends, -(2**31) + 1).max(axis=1)
 
     def rows(x: jax.Array) -> jax.Array:
