@@ -47,8 +47,8 @@ from jaxattn.work_list import WorkItem
         (dict(qo_len=512, room=32, dtype=E4M3), True),  # few queries, but room for many keys
         (dict(batch=2, room=4), True),
         (dict(batch=2, room=5), False),  # some may have many keys and few queries
-        (dict(room=64), True),
-        (dict(room=65), False),  # so much memory for so few queries
+        (dict(room=128), True),
+        (dict(room=129), False),  # so much memory for so few queries
         (dict(pages=4095), False),  # the line would take more than the cache
         (dict(window_left=4095, qo_len=8192), True),
         (dict(window_left=4094, qo_len=8192), False),

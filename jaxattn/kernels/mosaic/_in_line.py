@@ -15,7 +15,7 @@ from jaxattn.plan import MAX_ROWS, AttentionPlan
 READERS, WIDE_READERS, NARROW_READERS = 128, 16, 16
 # Tokens that the page table has room for, for each query token. Of several requests some may have many keys and few
 # queries, and the pass takes all. Of one request it takes those that are seen, and only memory counts.
-ROOM, ROOM_OF_ONE = 4, 64
+ROOM, ROOM_OF_ONE = 4, 128
 # Up to so many queries of prompts, or so much room for context, the attention is over before a pass pays.
 FEW_QUERIES, LITTLE_ROOM = 2048, 16384
 
