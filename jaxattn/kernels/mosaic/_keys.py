@@ -111,8 +111,13 @@ class KeySource:
 
     @property
     def boxes(self) -> int:
-        """Of a tile; what a barrier counts."""
+        """Of a tile of keys or of values; what a barrier of values counts."""
         return self.block // self.box if self.in_boxes else 1
+
+    @property
+    def boxes_with_keys(self) -> int:
+        """What a barrier of keys counts: with a tile in a line comes a box of its scales of tokens."""
+        return self.boxes + int(self.in_line and self.scales_per_token)
 
     def arrays(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """K and V as the kernel's loader wants them: pages [n, p, kh, d] (HND: [n, kh, p, d]), or rows [num_rows, d].

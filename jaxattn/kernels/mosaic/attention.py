@@ -225,6 +225,7 @@ def contiguous_attention(
 
 
 def _flat(scales: KVScales | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """As the kernel's k_scale_ref and v_scale_ref."""
     return (None, None) if scales is None else (scales.k.reshape(-1), scales.v.reshape(-1))
 
 
@@ -297,7 +298,7 @@ def _attention(
             q_full=barriers(buffers, 1),
             q_empty=barriers(buffers, COMPUTING),
             k_smem=shared(stages, keys, d),
-            k_full=barriers(stages, source.boxes + (of_tokens and source.in_line)),
+            k_full=barriers(stages, source.boxes_with_keys),
             k_empty=barriers(stages, COMPUTING),
             v_smem=shared(stages, keys, d),
             v_full=barriers(stages, source.boxes),
