@@ -507,6 +507,49 @@ def test_scales_far_apart_within_a_head_gpu(hopper):
     far_apart("mosaic")
 
 
+def rising(steps, dtype, kv_dtype, backend):
+    """Logits that rise by a step each 100 keys towards the first, from the tile that is read first to the last one."""
+    n, rows, d = 1000, 200, 64
+    rng = np.random.default_rng(5)
+    pages = -(-n // 16)
+    places = rng.permutation(pages)
+
+    @jax.jit
+    def attend(k, v):
+        def paged(x):
+            x = jnp.pad(x, [(0, pages * 16 - n), (0, 0)], constant_values=jnp.nan)
+            return x.reshape(pages, 16, 1, d)[np.argsort(places)]
+
+        table = ja.PageTable(i32([0, pages]), i32(places), i32([n - 16 * (pages - 1)]), 16)
+        heads = dict(num_qo_heads=1, num_kv_heads=1, num_sms=1)
+        plan = ja.plan_prefill(i32([0, rows]), table, num_qo_tokens=rows, causal=True, **heads)
+        q = jnp.zeros((rows, 1, d), dtype).at[:, :, 0].set(1)
+        how = dict(sm_scale=1.0, return_lse=True, backend=backend)
+        return ja.paged_prefill(q, ja.PagedKVCache((paged(k), paged(v))), plan, **how)
+
+    seen = np.arange(n)[None, :] <= np.arange(n - rows, n)[:, None]
+    for step in steps:
+        x = step * ((n - 1 - np.arange(n)) // 100) + rng.uniform(-1, 1, n)
+        k = jnp.zeros((n, d), kv_dtype).at[:, 0].set(jnp.asarray(x, kv_dtype))
+        v = rng.integers(1, 9, (n, d))
+        o, lse = attend(k, jnp.asarray(v, kv_dtype))
+        x = np.asarray(k, np.float64)[:, 0]
+        weights = np.where(seen, np.exp(x - x.max()), 0)
+        total = weights.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(np.asarray(o, np.float64)[:, 0], weights / total @ v, rtol=8e-3)
+        assert_lse(lse[:, 0], np.log(total[:, 0]) + x.max())
+
+
+RISING = (jnp.bfloat16, jnp.bfloat16), (jnp.float16, jnp.float16), (jnp.bfloat16, E4M3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, kv_dtype", RISING)
+def test_logits_that_rise_gpu(hopper, dtype, kv_dtype):
+    """By less than what the sums are multiplied for anew (8 binades: 5.55), by a little more, and by very much."""
+    rising((0.5, 2.75, 5.5, 5.625, 30.0, -5.5), dtype, kv_dtype, "mosaic")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("judge, tokens", [(extremes, 64), (long_tail, 256)])
 def test_products_in_float16_gpu(hopper, judge, tokens):

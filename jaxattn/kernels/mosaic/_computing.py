@@ -1,6 +1,6 @@
 """A computing warpgroup of the Hopper kernel: the attention of 64 rows over the tiles that others load.
 
-    S_i = Q K_i^T,   m_i = max(m_{i-1}, rowmax S_i)
+    S_i = Q K_i^T,   m_i = m_{i-1}, or rowmax S_i where it is far above
     P_i = exp(S_i - m_i),   O_i = exp(m_{i-1} - m_i) O_{i-1} + P_i V_i
 
 over tiles i from a work item's last to its first; Q K_i^T and P_{i-1} V_{i-1} are under way together while the softmax
@@ -22,19 +22,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxattn.kernels._float16 import HEADROOM
 from jaxattn.kernels.mosaic import _queries
 from jaxattn.kernels.mosaic import _warpgroup as wg
+from jaxattn.kernels.mosaic._elements import KEY, ROW, ROWS, any_of_warp
 from jaxattn.kernels.mosaic._keys import Keys
 from jaxattn.kernels.mosaic._loading import Queries, Stages
 from jaxattn.kernels.mosaic._online_softmax import (
-    KEY,
-    ROW,
-    ROWS,
+    SLACK,
     OnlineSoftmax,
     State,
     along_keys,
     along_rows,
+    finite,
     times,
 )
-from jaxattn.kernels.mosaic._rows import Rows
+from jaxattn.kernels.mosaic._products import begin_scores, wait_scores
+from jaxattn.kernels.mosaic._rows import Mask, Rows
 from jaxattn.kernels.mosaic._splits import Partials
 from jaxattn.kernels.mosaic._token_scales import TokenScales
 from jaxattn.kernels.mosaic._units import Schedule, Statics
@@ -95,7 +96,7 @@ class Computing:
     def attend(self, rows: Rows, q_tile: Any, n: jax.Array) -> tuple[jax.Array, State]:
         """The unit's tiles, the n-th loaded and so on: (sums float32 [r, d], state)."""
         source, dtype, score = self.static.source, q_tile.dtype, self.static.score
-        factor, headroom = self.scale(self.k_scale_ref, rows), 0
+        factor, headroom = self.scale(self.k_scale_ref, rows), SLACK
         if dtype == jnp.float16 and (source.narrow or self.scales is not None):
             headroom = HEADROOM
         if dtype != self.o_ref.dtype:
@@ -132,21 +133,18 @@ class Computing:
                     wg.clear_rows(self.values.tiles.at[self.values.stage(n + i)], begin, end)
                     plgpu.commit_smem()
 
-        def scores(keys):
-            return plgpu.ACC((ROWS, keys), jnp.float32)
-
         def first_of(stages, i, count):
             """The first rows of the i-th tile."""
             return stages.tiles.at[stages.stage(n + i), pl.ds(0, count)]
 
-        def multiply_keys(s_acc, i):
-            tile = first_of(self.keys, i, s_acc.shape[1])
-            plgpu.wgmma(s_acc, q_tile, tile.transpose((1, 0)))
+        def multiply_keys(i, keys=source.block):
+            return begin_scores(q_tile, first_of(self.keys, i, keys))
 
         def multiply_values(o_acc, p, i):
             plgpu.wgmma(o_acc, p, first_of(self.values, i, p.shape[1]))
 
-        def weigh(s, state, i, masked):
+        def take(s, m, i, mask):
+            """The i-th tile's scores, and m with them taken in; what has to be known of them later."""
             of = None
             if self.scales is not None:
                 of = self.scales.columns(n + i, s.shape[1])
@@ -154,70 +152,79 @@ class Computing:
             s = score(s if before is None else times(s, before))
             if of is not None:
                 s = softmax.exponents(s, of.log_v)
-            if masked:
-                s = self.mask(s, rows, i)
-            taken = softmax.update(state, s, masked=masked, parts=None if of is None else of.per_v)
+            if mask:
+                s = self.mask(s, rows, i, mask)
+            return s, of, *softmax.rise(m, s, scaled=of is not None)
+
+        def weigh(s, of, m, i, mask):
+            """The weights, and what they add to l."""
+            m = finite(m) if mask else m
+            parts = None if of is None else of.per_v
+            weighed = softmax.weigh(s, m, scaled=of is not None, parts=parts)
             if self.scales is not None:
                 if source.in_boxes:
                     # The copy engine's next writes there could come before reads that no such fence ends.
                     wg.fence()
                 release(self.scales, n + i)
-            return taken
+            return weighed
 
-        def first(s_acc):
+        def first(keys):
+            mask = Mask.BOTH_ENDS
             self.wait_full(self.keys, n)
             self.take_turn()
-            multiply_keys(s_acc, 0)
+            s = multiply_keys(0, keys)
             self.pass_turn()
-            s = s_acc[...]
+            s = wait_scores(s, pending=0)
             release(self.keys, n)
-            state, w = weigh(s, softmax.init(), 0, True)
+            m, l = softmax.init()
+            s, of, m, _ = take(s, m, 0, mask)
+            p, sums = weigh(s, of, m, 0, mask)
             wait_masked_values(0)
-            return *state, w.p.astype(dtype)
+            return m, l + sums, p.astype(dtype)
 
-        def step(i, carry, o_acc, masked):
-            *state, p = carry
+        def step(i, carry, o_acc, mask):
+            m, l, p = carry
+            self.wait_full(self.keys, n + i)
+            self.take_turn()
+            s = multiply_keys(i)
+            wait_plain_values(i - 1)
+            multiply_values(o_acc, p, i - 1)
+            self.pass_turn()
+            s = wait_scores(s, pending=1)
+            release(self.keys, n + i)
+            s, of, risen, rises = take(s, m, i, mask)
+            # Weights rounded before this would make every product wait for the one before.
+            o = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
+            release(self.values, n + i - 1)
 
-            def inner(s_acc):
-                self.wait_full(self.keys, n + i)
-                self.take_turn()
-                multiply_keys(s_acc, i)
-                wait_plain_values(i - 1)
-                multiply_values(o_acc, p, i - 1)
-                self.pass_turn()
-                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                release(self.keys, n + i)
-                (m, l), w = weigh(s, State(*state), i, masked)
-                coming, alpha, m, l = lax.optimization_barrier((w.p, w.alpha, m, l))
-                o = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
-                release(self.values, n + i - 1)
-                # Rounded before, the weights would make every product wait for the one before.
-                o, coming = lax.optimization_barrier((o, coming))
-                o_acc[...] = o * along_keys(alpha, o)
-                if masked:
-                    wait_masked_values(i)
-                return m, l, coming.astype(dtype)
+            def rescaled():
+                alpha = jnp.exp2(m - (finite(risen) if mask else risen))
+                return o * along_keys(alpha, o), l * along_keys(alpha, l)
 
-            return pl.run_scoped(inner, scores(source.block))
+            o, l = lax.cond(any_of_warp(rises), rescaled, lambda: (o, l))
+            o_acc[...] = o
+            p, sums = weigh(s, of, risen, i, mask)
+            if mask:
+                wait_masked_values(i)
+            return risen, l + sums, p.astype(dtype)
 
         def over_tiles(o_acc):
-            masked, plain = (
-                functools.partial(step, o_acc=o_acc, masked=masked) for masked in (True, False)
-            )
-
-            def whole():
-                return pl.run_scoped(first, scores(source.block))
+            def tiles_step(mask):
+                return functools.partial(step, o_acc=o_acc, mask=mask)
 
             def short():
-                return plain(1, pl.run_scoped(first, scores(short_kv)))
+                return tiles_step(None)(1, first(short_kv))
+
+            def whole():
+                return first(source.block)
 
             short_kv = self.static.config.short_kv
             carry = lax.cond(phases.short != 0, short, whole) if short_kv else whole()
-            steps = [masked, plain]
+            masks: list[Mask | None] = [Mask.BOTH_ENDS, None]
             if self.static.spec.visible.window_left is not None or source.may_begin_early:
-                steps.append(masked)
-            for tiles_step, (begin, end) in zip(steps, phases.ranges(tiles)):
-                carry = lax.fori_loop(begin, end, tiles_step, carry)
+                masks.append(Mask.BEGINNING)
+            for mask, (begin, end) in zip(masks, phases.ranges(tiles)):
+                carry = lax.fori_loop(begin, end, tiles_step(mask), carry)
             m, l, p = carry
             wait_plain_values(tiles - 1)
             multiply_values(o_acc, p, tiles - 1)
@@ -227,10 +234,10 @@ class Computing:
 
         return pl.run_scoped(over_tiles, plgpu.ACC((ROWS, q_tile.shape[-1]), jnp.float32))
 
-    def mask(self, s: jax.Array, rows: Rows, i: jax.Array) -> jax.Array:
+    def mask(self, s: jax.Array, rows: Rows, i: jax.Array, mask: Mask) -> jax.Array:
         """Scores s [r, k] of the unit's i-th tile from the last, -inf where a row sees no key."""
         source, span = self.static.source, rows.unit.span
-        s = rows.mask(s, rows.first_key(i))
+        s = rows.mask(s, rows.first_key(i), mask)
         if self.absent_smem is None:
             return s
 

@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._computing import COMPUTING
+from jaxattn.kernels.mosaic._elements import ROWS
 from jaxattn.kernels.mosaic._keys import Keys
-from jaxattn.kernels.mosaic._online_softmax import ROWS
 from jaxattn.kernels.mosaic._rows import Rows
 
 

@@ -1,9 +1,11 @@
 """The online softmax in the registers of a warpgroup: a row's numbers lie with the threads that hold its scores.
 
-    m = max_j s_j,   l = sum_j exp(scale (s_j - m)),   acc = sum_j exp(scale (s_j - m)) v_j
+    l = sum_j exp(scale (s_j - m)),   acc = sum_j exp(scale (s_j - m)) v_j
 
-over the keys j seen so far; a new tile rescales the old sums by exp(scale (m_old - m_new)) (FlashAttention-2,
-algorithm 1). The scale, `Score.exponent_scale`, is folded into the exponent, in base 2.
+over the keys j seen so far (FlashAttention-2, algorithm 1). Any m gives the same quotient, so m need not be the largest
+score: it rises to it where a weight would come out above 2^SLACK, and only then the sums so far are multiplied by
+exp(scale (m_old - m_new)) (FlashAttention-4, Zadouri et al. 2026: conditional rescaling). The scale,
+`Score.exponent_scale`, is folded into the exponent, in base 2.
 
 Axes: r = 64 rows, k keys of a tile, d head dim.
 """
@@ -17,31 +19,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxattn.kernels.mosaic._elements import COLUMNS, ROW, ROWS, TILE, own_sums
 from jaxattn.kv_scales import SMALLEST
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
-ROWS = 64  # of a warpgroup's product
-TILE = plgpu.Layout.WGMMA  # [r, k] and [r, d]
-ROW = TILE.reduce(1)  # [r]
-KEY = TILE.reduce(0)  # [k]
+# A weight of up to 2^8 has as many bits in 16 as one of up to 1, and where scores are drawn at random, hardly any tile
+# but a row's first raises m.
+SLACK = 8
 
 
 class State(NamedTuple):
     m: jax.Array  # float32 [r], of scores times scale log2(e); -inf before the first key
-    l: jax.Array  # float32 [r]
-
-
-class Weights(NamedTuple):
-    p: jax.Array  # float32 [r, k]
-    alpha: jax.Array  # float32 [r]: what the sums so far are to be multiplied by
+    l: jax.Array  # float32 [r, 8], `own_sums`, to be added up
 
 
 @dataclasses.dataclass(frozen=True)
 class OnlineSoftmax:
     scale: float
     factor: jax.Array | None = None  # float32, positive: a further one of all scores; or [r]
-    headroom: int = 0  # weights go up to 2^headroom
+    headroom: int = SLACK  # weights go up to 2^headroom, at least SLACK
 
     @property
     def unit(self) -> float | jax.Array:
@@ -50,28 +47,35 @@ class OnlineSoftmax:
         return unit if self.factor is None else jnp.maximum(unit * self.factor, SMALLEST)
 
     def init(self) -> State:
-        return State(of_rows(-math.inf), of_rows(0.0))
+        l = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), TILE)
+        return State(plgpu.layout_cast(jnp.full((ROWS,), -math.inf, jnp.float32), ROW), l)
 
     def exponents(self, s: jax.Array, more: jax.Array) -> jax.Array:
         """Scores s [r, k] as exponents of 2, to which `more` [k] is added."""
         return times(s, self.unit) + along_rows(more, ROWS)
 
-    def update(
-        self, state: State, s: jax.Array, *, masked: bool, parts: jax.Array | None = None
-    ) -> tuple[State, Weights]:
-        """Takes in scores s [r, k] without the scale, -inf where masked; with parts float32 [k], `exponents`.
+    def rise(self, m: jax.Array, s: jax.Array, *, scaled: bool) -> tuple[jax.Array, jax.Array]:
+        """m with scores s [r, k] taken in, and whether it has risen, bool [r].
 
-        parts: what of each key's weight counts in l.
+        scaled: s is `exponents`; else scores without the scale, -inf where masked.
         """
-        unit = self.unit if parts is None else 1.0
-        top = s.max(axis=1) * unit
-        m = jnp.maximum(state.m, top - self.headroom if self.headroom else top)
-        # A row without any key yet has m = -inf, and -inf - -inf is NaN: shift by 0 there instead.
-        peak = jnp.where(m == -math.inf, 0.0, m) if masked else m
-        alpha = jnp.exp2(state.m - peak)
-        p = jnp.exp2(times(s, unit) - along_keys(peak, s))
-        counted = p if parts is None else p * along_rows(parts, ROWS)
-        return State(m, state.l * alpha + counted.sum(axis=1)), Weights(p, alpha)
+        top = s.max(axis=1)
+        top = top if scaled else top * self.unit
+        if self.headroom > SLACK:
+            top -= self.headroom - SLACK
+        risen = top > m + SLACK
+        return jnp.where(risen, top, m), risen
+
+    def weigh(
+        self, s: jax.Array, m: jax.Array, *, scaled: bool, parts: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The weights float32 [r, k] of scores s as in `rise`, and what they add to l; m [r], finite.
+
+        parts: what of each key's weight counts in l, float32 [k].
+        """
+        x = s if scaled else times(s, self.unit)
+        p = jnp.exp2(x - along_keys(m, s))
+        return p, own_sums(p, parts)
 
     def finalize(
         self, state: State, o: jax.Array, sink: jax.Array | None, v_scale: jax.Array | None
@@ -80,7 +84,7 @@ class OnlineSoftmax:
 
         sink float32 [r]: a further logit, without a value. v_scale: a factor of all values.
         """
-        m, l = state
+        m, l = state.m, state.l.sum(axis=1)
         if sink is not None:
             peak = jnp.maximum(m, sink * LOG2E)
             safe = jnp.where(peak == -math.inf, 0.0, peak)
@@ -94,9 +98,9 @@ class OnlineSoftmax:
         return o * along_keys(share, o), jnp.where(empty, -math.inf, lse)
 
 
-def of_rows(x: float) -> jax.Array:
-    """float32 [r], the same for each row."""
-    return plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW)
+def finite(m: jax.Array) -> jax.Array:
+    """m, or 0 for a row that has seen no key, whose -inf less itself would be NaN."""
+    return jnp.where(m == -math.inf, 0.0, m)
 
 
 def times(s: jax.Array, factor: float | jax.Array) -> jax.Array:

@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.kernels._float16 import powers
 from jaxattn.kernels.mosaic import _warpgroup as wg
-from jaxattn.kernels.mosaic._online_softmax import TILE, along_keys
+from jaxattn.kernels.mosaic._elements import TILE
+from jaxattn.kernels.mosaic._online_softmax import along_keys
 
 
 def put(tile: Any, x: jax.Array) -> None:

@@ -4,6 +4,7 @@ What a row sees is `spec.Visible`'s; here it becomes a mask.
 """
 
 import dataclasses
+import enum
 from typing import Any
 
 import jax
@@ -12,9 +13,16 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.kernels.mosaic import _warpgroup as wg
-from jaxattn.kernels.mosaic._online_softmax import ROW, ROWS, TILE, along_keys
+from jaxattn.kernels.mosaic._elements import ROW, ROWS, hide
 from jaxattn.kernels.mosaic._units import Statics, Unit
 from jaxattn.spec import FAR
+
+
+class Mask(enum.Enum):
+    """What a tile has that some rows do not see."""
+
+    BOTH_ENDS = enum.auto()  # keys before a row's first or behind its last
+    BEGINNING = enum.auto()  # keys before a row's first, alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +60,16 @@ class Rows:
     def _position(self, packed: Any) -> Any:
         return lax.div(packed, self.static.spec.group) + self.unit.item.q_position
 
-    def mask(self, s: jax.Array, first_key: jax.Array) -> jax.Array:
+    def mask(self, s: jax.Array, first_key: jax.Array, mask: Mask) -> jax.Array:
         """Scores s [r, k] of the keys from first_key on, -inf where a row does not see the key."""
         visible, span = self.static.spec.visible, self.unit.span
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
         position = self._position(self.first + row)
-        key = first_key + plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=TILE)
-        right = FAR if visible.window_right is None else visible.window_right
-        end = jnp.minimum(position + (right + 1), span.end)
-        seen = key < along_keys(end, s)
-        if visible.window_left is not None:
-            begin = jnp.maximum(position - visible.window_left, span.begin)
-            seen &= key >= along_keys(begin, s)
-        elif self.static.source.may_begin_early:
-            seen &= key >= span.begin
-        return jnp.where(seen, s, -jnp.inf)
+        begin = end = None
+        if visible.window_left is not None or self.static.source.may_begin_early:
+            left = FAR if visible.window_left is None else visible.window_left
+            begin = jnp.maximum(position - left, span.begin) - first_key
+        if mask is Mask.BOTH_ENDS:
+            right = FAR if visible.window_right is None else visible.window_right
+            end = jnp.minimum(position + (right + 1), span.end) - first_key
+        return hide(s, begin, end)

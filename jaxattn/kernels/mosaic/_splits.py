@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.kernels.mosaic import _warpgroup as wg
-from jaxattn.kernels.mosaic._online_softmax import LN2, LOG2E, ROW, ROWS, TILE, along_keys
+from jaxattn.kernels.mosaic._elements import ROW, ROWS, TILE
+from jaxattn.kernels.mosaic._online_softmax import LN2, LOG2E, along_keys
 from jaxattn.work_list import WorkItem
 
 

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxattn.kernels.mosaic import _warpgroup as wg
+from jaxattn.kernels.mosaic._elements import KEY
 from jaxattn.kernels.mosaic._loading import Stages
-from jaxattn.kernels.mosaic._online_softmax import KEY
 from jaxattn.kv_scales import columns
 
 

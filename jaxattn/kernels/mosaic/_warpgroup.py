@@ -4,7 +4,8 @@ A tile's row may lie anywhere in device memory: a page of one token, a query hea
 neighbouring rows; these functions move single ones, 16 bytes a thread. Values that differ from thread to thread are
 arrays int32 or float32 [128] of layout EACH: element i is thread i's.
 
-This file, `_converting` and `_private` alone speak Mosaic's dialects; everything else is Pallas.
+This file, `_converting`, `_elements`, `_products` and `_private` alone speak Mosaic's dialects; everything else is
+Pallas.
 """
 
 from collections.abc import Iterator, Sequence
@@ -298,11 +299,15 @@ def _is_first():
 
 def _own(x):
     """This thread's element of an EACH array."""
-    register = x.registers.flat[0]
+    return _element(x.registers.flat[0])
+
+
+def _element(register, i=0):
+    """Of an array's register, which holds one element or a vector of some."""
     if not isinstance(register.type, ir.VectorType):
         return register
     return vector.extract(
-        register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0])
+        register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
     )
 
 

@@ -32,11 +32,11 @@ from jaxattn.kernels.mosaic import _in_line
 from jaxattn.kernels.mosaic import _warpgroup as wg
 from jaxattn.kernels.mosaic._computing import COMPUTING, Computing
 from jaxattn.kernels.mosaic._converting import staging
+from jaxattn.kernels.mosaic._elements import ROWS
 from jaxattn.kernels.mosaic._feeding import feed, follow
 from jaxattn.kernels.mosaic._keys import KeySource
 from jaxattn.kernels.mosaic._launch import launch
 from jaxattn.kernels.mosaic._loading import Queries, Stages, loaders
-from jaxattn.kernels.mosaic._online_softmax import ROWS
 from jaxattn.kernels.mosaic._token_scales import TokenScales
 from jaxattn.kernels.mosaic._units import FIELDS, RING, Ahead, Schedule, Statics
 from jaxattn.kernels.mosaic.tiles import Config, default_config
