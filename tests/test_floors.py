@@ -47,12 +47,13 @@ FLOORS = [
     ["kernels.mosaic._private", "kernels.mosaic._warpgroup"],
     [
         "kernels.mosaic._converting",
+        "kernels.mosaic._elements",
         "kernels.mosaic._in_line",
         "kernels.mosaic._keys",
         "kernels.mosaic._launch",
-        "kernels.mosaic._online_softmax",
     ],
-    ["kernels.mosaic._queries", "kernels.mosaic.tiles"],
+    ["kernels.mosaic._online_softmax", "kernels.mosaic._products", "kernels.mosaic.tiles"],
+    ["kernels.mosaic._queries"],
     ["kernels.mosaic._units"],
     [
         "kernels.mosaic._loading",
