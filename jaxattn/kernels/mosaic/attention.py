@@ -12,8 +12,8 @@ Over keys of 8 bits products are of float16: `_loading` converts keys and values
 (`_queries`); scales of each token are `_token_scales`'.
 
 Which work a block does is `_units`', what a row sees `_rows`', what is done to a score `spec.Score`'s, where keys lie
-`_keys`'; what a computing warpgroup does is `_computing`'s, the softmax `_online_softmax`'s; split tiles are
-`_splits`'; here they meet.
+`_keys`'; what a computing warpgroup does is `_computing`'s, its scores are `_products`', the softmax is
+`_online_softmax`'s, split tiles are `_splits`'; here they meet.
 
 Axes: t query tokens, h query heads, kh KV heads, g = h // kh, d head dim, w work items, r = 64 rows, k keys of a tile.
 """
