@@ -144,7 +144,7 @@ class Computing:
             plgpu.wgmma(o_acc, p, first_of(self.values, i, p.shape[1]))
 
         def take(s, m, i, mask):
-            """The i-th tile's scores, and m with them taken in; what has to be known of them later."""
+            """The i-th tile's scores, its tokens' scales, m with the scores taken in, and whose m has risen."""
             of = None
             if self.scales is not None:
                 of = self.scales.columns(n + i, s.shape[1])

@@ -1,7 +1,7 @@
 """Scores q k^T on the tensor cores, from nothing: wgmma overwrites what its registers held.
 
 An accumulator of Pallas holds zeros first, one for each of a thread's scores, and the tensor cores wait while they are
-written: 1 to 6% of prefill (`benchmarks/results/h200_sweeps_mosaic.txt`, 16.).
+written: 0.3 to 10% of prefill (`benchmarks/results/h200_sweeps_mosaic.txt`, 16.).
 
 Axes: r = 64 rows, k keys of a tile, d head dim.
 """

@@ -69,7 +69,10 @@ class Statics:
 
 
 class Phases(NamedTuple):
-    """The tiles of a unit, counted from the last: masked are 0 .. plain - 1 and those from `low` on. int32 scalars."""
+    """The tiles of a unit, counted from the last; int32 scalars.
+
+    Masked at both ends are 0 .. plain - 1; those from `low` on at their rows' beginnings alone.
+    """
 
     short: jax.Array  # 1: `Config.short_kv` keys of tile 0 are enough, and tile 1 has no mask; or 0
     plain: jax.Array  # at least 1
