@@ -63,7 +63,8 @@ class OnlineSoftmax:
         top = top if scaled else top * self.unit
         if self.headroom > SLACK:
             top -= self.headroom - SLACK
-        risen = top > m + SLACK
+        # Not top > m + SLACK, which is rounded: from 2^27 on, by up to 8.
+        risen = top - m > SLACK
         return jnp.where(risen, top, m), risen
 
     def weigh(
