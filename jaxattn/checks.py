@@ -157,11 +157,22 @@ def check_host_lengths(name: str, lengths: np.ndarray, most: int, why: str) -> N
         )
 
 
+def integer(name: str, value: int, least: int = 1) -> int:
+    """An integer that is known at trace time, NumPy's or an array's say, as an int.
+
+    Raises:
+      ValueError: it is none, or below `least`.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+        what = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {what}; got {value!r}")
+    return int(value)
+
+
 def check_positive(**values: int) -> None:
     """Raises ValueError unless every value is a positive integer known at trace time."""
     for name, value in values.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
-            raise ValueError(f"{name} must be a positive integer; got {value!r}")
+        integer(name, value)
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from jaxattn.device import num_sms as default_num_sms
+from jaxattn.as_program import as_program
 from jaxattn.dispatch import dispatch
 from jaxattn.kernels.triton.one_program import in_one_program
 from jaxattn.page_table import PageTable
@@ -18,6 +18,7 @@ from jaxattn.plan import (
     MIN_ROWS,
     AttentionPlan,
     Splits,
+    checked_sms,
     checked_table,
     programs_per_sm_of,
 )
@@ -68,12 +69,20 @@ def plan_decode(
       ValueError, TypeError: shapes, dtypes, head counts or a window that do not fit.
     """
     page_table, page_size = checked_table(page_table, page_size)
-    return decode_plan(
-        *Keys.of(page_table, page_size).as_function(),
+    return _paged(
+        page_table,
+        page_size,
         AttentionSpec(num_qo_heads, num_kv_heads, Visible.of(False, window_left)),
         Splits(fixed_split_size, disable_split_kv, page_size),
-        num_sms or default_num_sms(),
+        checked_sms(num_sms),
     )
+
+
+@as_program("page_size", "spec", "splits", "num_sms")
+def _paged(
+    page_table: PageTable, page_size: int, spec: AttentionSpec, splits: Splits, num_sms: int
+) -> AttentionPlan:
+    return decode_plan(*Keys.of(page_table, page_size).as_function(), spec, splits, num_sms)
 
 
 def decode_plan(

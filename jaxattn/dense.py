@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxattn.as_program import as_program
 from jaxattn.attention import paged_decode, paged_prefill, ragged_prefill
 from jaxattn.checks import (
     check_array,
@@ -106,13 +107,7 @@ def dot_product_attention(
         raise ValueError(f"key must hold at least one request and one key; got {list(k.shape)}")
 
     given = {name: copied_from_host(x) for name, x in lengths.items() if x is not None}
-    batch = _Batch(b, t, s, AttentionSpec(n, heads, visible), given)
-    if mask is None:
-        plan = batch.plan(padded=query_seq_lengths is not None)
-    elif t > 1 and mask.shape[1] == 1:
-        plan = batch.plan_key_mask(mask[:, 0])
-    else:
-        plan = batch.plan_mask(mask)
+    plan = _plan(b, t, s, AttentionSpec(n, heads, visible), given, mask)
 
     how: dict[str, Any] = dict(
         sm_scale=check_scale(scale, h, "scale"),
@@ -132,6 +127,19 @@ def dot_product_attention(
         o, lse = attend(q, pool, plan, **how)
     o = o.reshape(*query.shape[:-1], v.shape[-1])
     return (o, lse.reshape(query.shape[:-1]).astype(k.dtype)) if return_residual else o
+
+
+@as_program("b", "t", "s", "spec")
+def _plan(
+    b: int, t: int, s: int, spec: AttentionSpec, given: dict[str, Array], mask: Array | None
+) -> AttentionPlan:
+    """Of a `_Batch`, under a mask bool [B or 1, T or 1, S]."""
+    batch = _Batch(b, t, s, spec, given)
+    if mask is None:
+        return batch.plan(padded="query_seq_lengths" in given)
+    if t > 1 and mask.shape[1] == 1:
+        return batch.plan_key_mask(mask[:, 0])
+    return batch.plan_mask(mask)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,11 @@ def alibi(
     return score + slope * (key_position - query_position).astype(jnp.float32)
 
 
+def may_be_kept(score_mods: Sequence[ScoreMod]) -> bool:
+    """Whether the next call may use what was compiled for this one: what a user's function reads may have changed."""
+    return all(mod.fn is alibi for mod in score_mods)
+
+
 def modified(
     score_mods: Sequence[ScoreMod],
     score: Array,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxattn.as_program import as_program
 from jaxattn.checks import (
     check_host_lengths,
     check_index,
@@ -20,6 +21,7 @@ from jaxattn.checks import (
     check_positive,
     check_shape,
     copied_from_host,
+    integer,
 )
 
 
@@ -61,19 +63,11 @@ class PageTable:
         check_shape("block_table", block_table, ("b", "w"))
         check_int32("block_table", block_table)
         check_index("kv_len", kv_len, block_table.shape[0])
-        check_positive(page_size=page_size)
+        page_size = integer("page_size", page_size)
         width = block_table.shape[1]
         if isinstance(kv_len, np.ndarray):
             check_host_lengths("kv_len", kv_len, width * page_size, f"{width} pages of {page_size}")
-        kv_len = copied_from_host(kv_len)
-        num_pages = jnp.clip(-(-kv_len // page_size), 0, width)
-        indptr = jnp.pad(jnp.cumsum(num_pages, dtype=jnp.int32), (1, 0))
-        column = jnp.arange(width, dtype=jnp.int32)[None, :]
-        entry = jnp.where(column < num_pages[:, None], indptr[:-1, None] + column, block_table.size)
-        indices = jnp.zeros(block_table.size, jnp.int32).at[entry].set(block_table, mode="drop")
-        # Tokens beyond the row's pages still count: they say at which positions the last tokens stand.
-        last_page_len = jnp.where(num_pages > 0, kv_len - (num_pages - 1) * page_size, 0)
-        return cls(indptr, indices, last_page_len, page_size)
+        return cls(*_of_rows(block_table, copied_from_host(kv_len), page_size), page_size)
 
     @classmethod
     def contiguous(cls, kv_len: Array, max_len: int, page_size: int) -> "PageTable":
@@ -86,7 +80,7 @@ class PageTable:
 
         Raises: as `from_block_table`.
         """
-        check_positive(max_len=max_len, page_size=page_size)
+        max_len, page_size = integer("max_len", max_len), integer("page_size", page_size)
         check_index("kv_len", kv_len, "b")
         width = -(-max_len // page_size)
         pages = jnp.arange(kv_len.shape[0] * width, dtype=jnp.int32)
@@ -119,7 +113,7 @@ class PageTable:
           ValueError: neither says it, or they differ.
         """
         if page_size is not None:
-            check_positive(page_size=page_size)
+            page_size = integer("page_size", page_size)
         known = {x for x in (self.page_size, page_size) if x is not None}
         if len(known) != 1:
             raise ValueError(
@@ -154,6 +148,20 @@ class PageTable:
         return self.last_page_len.shape[0]
 
 
+@as_program("page_size")
+def _of_rows(block_table: Array, kv_len: Array, page_size: int) -> tuple[Array, Array, Array]:
+    """(indptr, indices, last_page_len), as `PageTable.from_block_table`."""
+    width = block_table.shape[1]
+    num_pages = jnp.clip(-(-kv_len // page_size), 0, width)
+    indptr = jnp.pad(jnp.cumsum(num_pages, dtype=jnp.int32), (1, 0))
+    column = jnp.arange(width, dtype=jnp.int32)[None, :]
+    entry = jnp.where(column < num_pages[:, None], indptr[:-1, None] + column, block_table.size)
+    indices = jnp.zeros(block_table.size, jnp.int32).at[entry].set(block_table, mode="drop")
+    # Tokens beyond the row's pages still count: they say at which positions the last tokens stand.
+    last_page_len = jnp.where(num_pages > 0, kv_len - (num_pages - 1) * page_size, 0)
+    return indptr, indices, last_page_len
+
+
 def get_seq_lens(kv_indptr: Array, kv_last_page_len: Array, page_size: int) -> Array:
     """Tokens of each request: `(pages - 1) * page_size + last_page_len`, 0 for a request without pages.
 
@@ -184,10 +192,22 @@ def get_batch_indices_positions(
 
     Returns:
       (batch_indices int32 [nnz], positions int32 [nnz]); a padding row has batch index -1 and position 0.
+
+    Raises:
+      ValueError, TypeError: arrays that are not int32, shapes that do not fit, an nnz that is no integer.
     """
     check_index("seq_lens", seq_lens, "b")
     check_index("append_indptr", append_indptr, seq_lens.shape[0] + 1)
-    append_indptr, seq_lens = copied_from_host(append_indptr), copied_from_host(seq_lens)
+    nnz = integer("nnz", nnz, least=0)
+    return _batch_indices_positions(
+        copied_from_host(append_indptr), copied_from_host(seq_lens), nnz
+    )
+
+
+@as_program("nnz")
+def _batch_indices_positions(
+    append_indptr: Array, seq_lens: Array, nnz: int
+) -> tuple[Array, Array]:
     row = jnp.arange(nnz, dtype=jnp.int32)
     batch = jnp.searchsorted(append_indptr[1:], row, side="right").astype(jnp.int32)
     used = row < append_indptr[-1]

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxattn.checks import check_positive
+from jaxattn.checks import check_positive, integer
+from jaxattn.device import num_sms as default_num_sms
 from jaxattn.page_table import PageTable
 from jaxattn.spec import AttentionSpec
 from jaxattn.visits import PlannedMask
@@ -103,7 +104,8 @@ class Splits:
 
     def __post_init__(self) -> None:
         if self.fixed_size is not None:
-            check_positive(fixed_split_size=self.fixed_size)
+            size = integer("fixed_split_size", self.fixed_size)
+            object.__setattr__(self, "fixed_size", size)
             if self.disabled:
                 raise ValueError(
                     f"fixed_split_size={self.fixed_size} asks for splits and disable_split_kv=True for "
@@ -145,6 +147,11 @@ def checked_table(page_table: PageTable, page_size: int | None) -> tuple[PageTab
     page_table = page_table.padded()
     assert page_table.page_size is not None
     return page_table, page_table.page_size
+
+
+def checked_sms(num_sms: int | None) -> int:
+    """The multiprocessors to fill: the device's, unless given."""
+    return default_num_sms() if num_sms is None else integer("num_sms", num_sms)
 
 
 def programs_per_sm_of(

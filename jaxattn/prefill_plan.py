@@ -6,6 +6,7 @@ Axes: b requests, t query tokens, w work items.
 import jax.numpy as jnp
 from jax import Array
 
+from jaxattn.as_program import as_program
 from jaxattn.checks import (
     check_host_indptr,
     check_index,
@@ -13,8 +14,8 @@ from jaxattn.checks import (
     check_positive,
     check_shape,
     copied_from_host,
+    integer,
 )
-from jaxattn.device import num_sms as default_num_sms
 from jaxattn.operands import MaskBits
 from jaxattn.page_table import PageTable
 from jaxattn.plan import (
@@ -23,6 +24,7 @@ from jaxattn.plan import (
     MIN_ROWS,
     AttentionPlan,
     Splits,
+    checked_sms,
     checked_table,
     programs_per_sm_of,
 )
@@ -90,16 +92,16 @@ def plan_prefill(
         mask,
         bidirectional_spans,
     )
-    qo_indptr, keys = copied_from_host(qo_indptr), Keys.of(page_table, page_size)
-    return prefill_plan(
-        qo_indptr,
-        keys,
-        num_qo_tokens,
-        spec,
-        Splits(fixed_split_size, disable_split_kv, page_size),
-        num_sms or default_num_sms(),
-        mask=mask,
-        limits=_limits(qo_indptr, keys, num_qo_tokens, spec.visible, bidirectional_spans),
+    return _paged(
+        copied_from_host(qo_indptr),
+        page_table,
+        mask,
+        bidirectional_spans,
+        page_size=page_size,
+        num_qo_tokens=integer("num_qo_tokens", num_qo_tokens, least=0),
+        spec=spec,
+        splits=Splits(fixed_split_size, disable_split_kv, page_size),
+        num_sms=checked_sms(num_sms),
     )
 
 
@@ -129,8 +131,6 @@ def plan_ragged_prefill(
         check_host_indptr(name, indptr)
     check_positive(batch_size=kv_indptr.shape[0] - 1)
     qo_indptr, kv_indptr = copied_from_host(qo_indptr), copied_from_host(kv_indptr)
-    start = jnp.maximum(kv_indptr[:-1], 0)
-    kv_len = jnp.maximum(kv_indptr[1:] - start, 0)
     spec = _spec(
         num_qo_heads,
         num_kv_heads,
@@ -140,17 +140,55 @@ def plan_ragged_prefill(
         mask,
         bidirectional_spans,
     )
-    keys = Keys(None, start, kv_len, kv_len, 1)
-    return prefill_plan(
+    return _contiguous(
         qo_indptr,
-        keys,
-        num_qo_tokens,
-        spec,
-        Splits(None, disable_split_kv),
-        num_sms or default_num_sms(),
-        mask=mask,
-        limits=_limits(qo_indptr, keys, num_qo_tokens, spec.visible, bidirectional_spans),
+        kv_indptr,
+        mask,
+        bidirectional_spans,
+        num_qo_tokens=integer("num_qo_tokens", num_qo_tokens, least=0),
+        spec=spec,
+        splits=Splits(None, disable_split_kv),
+        num_sms=checked_sms(num_sms),
     )
+
+
+@as_program("page_size", "num_qo_tokens", "spec", "splits", "num_sms")
+def _paged(
+    qo_indptr: Array,
+    page_table: PageTable,
+    mask: MaskBits | None,
+    spans: Array | None,
+    *,
+    page_size: int,
+    num_qo_tokens: int,
+    spec: AttentionSpec,
+    splits: Splits,
+    num_sms: int,
+) -> AttentionPlan:
+    keys = Keys.of(page_table, page_size)
+    limits = _limits(qo_indptr, keys, num_qo_tokens, spec.visible, spans)
+    how = (num_qo_tokens, spec, splits, num_sms)
+    return prefill_plan(qo_indptr, keys, *how, mask=mask, limits=limits)
+
+
+@as_program("num_qo_tokens", "spec", "splits", "num_sms")
+def _contiguous(
+    qo_indptr: Array,
+    kv_indptr: Array,
+    mask: MaskBits | None,
+    spans: Array | None,
+    *,
+    num_qo_tokens: int,
+    spec: AttentionSpec,
+    splits: Splits,
+    num_sms: int,
+) -> AttentionPlan:
+    start = jnp.maximum(kv_indptr[:-1], 0)
+    kv_len = jnp.maximum(kv_indptr[1:] - start, 0)
+    keys = Keys(None, start, kv_len, kv_len, 1)
+    limits = _limits(qo_indptr, keys, num_qo_tokens, spec.visible, spans)
+    how = (num_qo_tokens, spec, splits, num_sms)
+    return prefill_plan(qo_indptr, keys, *how, mask=mask, limits=limits)
 
 
 def prefill_plan(
@@ -165,8 +203,6 @@ def prefill_plan(
     limits: Array | None = None,
 ) -> AttentionPlan:
     """`plan_prefill` of keys wherever they lie; `limits` as in `AttentionPlan`, in place of `spec.visible`."""
-    if num_qo_tokens != 0:
-        check_positive(num_qo_tokens=num_qo_tokens)
     batch, group = keys.kv_len.shape[0], spec.group
     block_rows = MAX_ROWS
     if splits.adaptive:

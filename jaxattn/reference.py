@@ -8,9 +8,10 @@ p page size.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxattn.as_program import as_program
 from jaxattn.kv_cache import PagedKVCache
 from jaxattn.kv_scales import KVScales, largest, own_scale, stored
-from jaxattn.operands import ScoreMod, modified
+from jaxattn.operands import ScoreMod, may_be_kept, modified
 from jaxattn.page_table import PageTable
 from jaxattn.plan import AttentionPlan
 from jaxattn.spec import FAR, Score
@@ -28,6 +30,17 @@ from jaxattn.work_list import expand
 
 # Queries and keys that are taken at once; of the longest tables, larger pieces, so that they are at most so many.
 QUERY_BLOCK, KEY_BLOCK, MAX_PIECES = 128, 1024, 64
+
+
+def _attention_program(op: Callable[..., tuple[Array, Array]]) -> Callable[..., Any]:
+    """`as_program` of an attention op, where what is compiled may be kept."""
+    program = as_program("score", "out_dtype")(op)
+
+    @functools.wraps(op)
+    def run(*args: Any, score_mods: tuple[ScoreMod, ...] = (), **how: Any) -> tuple[Array, Array]:
+        return (program if may_be_kept(score_mods) else op)(*args, score_mods=score_mods, **how)
+
+    return run
 
 
 def attention(
@@ -92,6 +105,7 @@ def _finish(state: _State) -> tuple[Array, Array]:
     return acc / total[..., None], jnp.where(empty, -jnp.inf, lse)
 
 
+@_attention_program
 def paged_attention(
     q: Array,
     paged_kv_cache: PagedKVCache,
@@ -99,7 +113,7 @@ def paged_attention(
     *,
     score: Score,
     sinks: Array | None = None,
-    score_mods: Sequence[ScoreMod] = (),
+    score_mods: tuple[ScoreMod, ...] = (),
     out_dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
     """Ragged queries against the pages of their requests: (o [t, h, dv], lse float32 [t, h])."""
@@ -123,6 +137,7 @@ def paged_attention(
     return _attend(q, keys, indices.size * p, plan, score, sinks, score_mods, out_dtype)
 
 
+@_attention_program
 def ragged_attention(
     q: Array,
     k: Array,
@@ -132,7 +147,7 @@ def ragged_attention(
     scales: KVScales | None = None,
     score: Score,
     sinks: Array | None = None,
-    score_mods: Sequence[ScoreMod] = (),
+    score_mods: tuple[ScoreMod, ...] = (),
     out_dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
     """Ragged queries against contiguous keys, k and v [s, kh, d], as `paged_attention`."""
@@ -251,6 +266,7 @@ def _by_head(x: Array, plan: AttentionPlan) -> Array:
     return jnp.asarray(x).reshape(1, plan.num_kv_heads, plan.spec.group, 1)
 
 
+@as_program("lse_base")
 def merge_states(v: Array, s: Array, *, lse_base: str = "ln") -> tuple[Array, Array]:
     """Attention states of disjoint key sets into one: `lse = logsumexp_j s_j`, `o = sum_j exp(s_j - lse) v_j`.
 
@@ -299,6 +315,7 @@ def merge_state_in_place(
     return jnp.where(mask[:, None, None], merged_v, v), jnp.where(mask[:, None], merged_s, s)
 
 
+@as_program()
 def rmsnorm(x: Array, weight: Array, *, eps: float, weight_offset: float = 0.0) -> Array:
     """`x / sqrt(mean(x^2) + eps) * (weight_offset + weight)` over the last axis, rounded once."""
     x32 = x.astype(jnp.float32)
@@ -307,6 +324,7 @@ def rmsnorm(x: Array, weight: Array, *, eps: float, weight_offset: float = 0.0) 
     return (x32 * scale * weight.reshape((1,) * (x.ndim - 1) + weight.shape)).astype(x.dtype)
 
 
+@as_program()
 def fused_add_rmsnorm(
     x: Array, residual: Array, weight: Array, *, eps: float, weight_offset: float = 0.0
 ) -> tuple[Array, Array]:
@@ -316,6 +334,7 @@ def fused_add_rmsnorm(
     return normed.astype(x.dtype), total.astype(residual.dtype)
 
 
+@as_program("activation")
 def activate_and_multiply(x: Array, activation: str) -> Array:
     """`activation(x[..., :d]) * x[..., d:]` of x [..., 2 d], rounded once; "silu", "gelu" or "gelu_tanh"."""
     gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -346,6 +365,7 @@ def rope_frequencies(
     return (1 - smooth) * freq / rope_scale + smooth * freq
 
 
+@as_program("interleave")
 def rope(
     query: Array, key: Array, positions: Array, cos_sin_cache: Array, *, interleave: bool
 ) -> tuple[Array, Array]:
@@ -379,6 +399,7 @@ def rope(
     return rotate(query), rotate(key)
 
 
+@as_program()
 def append_paged_kv_cache(
     append_key: Array,
     append_value: Array,
@@ -428,6 +449,7 @@ def _each(scale: Array, x: Array) -> Array:
     return jnp.broadcast_to(scale, x.shape[:-1])[..., None]
 
 
+@as_program("interleave")
 def rope_append_paged_kv_cache(
     qkv: tuple[Array, ...],
     batch_indices: Array,
@@ -462,6 +484,7 @@ def rope_append_paged_kv_cache(
     return q.astype(dtype), cache
 
 
+@as_program()
 def grouped_matmul(x: Array, weights: Array, order: Array, ends: Array) -> Array:
     """`x[i / repeat] @ weights[g].T` in float32 for the rows i of group g; zeros for those that are in none."""
     repeat = order.shape[0] // x.shape[0] if x.size else 1

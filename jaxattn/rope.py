@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxattn import reference
+from jaxattn.as_program import as_program
 from jaxattn.checks import (
     check_cos_sin_cache,
     check_float,
@@ -267,6 +268,7 @@ def _positions(q: Array, indptr: Array, offsets: Array) -> Array:
     return jnp.where(row < indptr[-1], position, 0)
 
 
+@as_program()
 def _table(positions: Array, frequencies: Array) -> Array:
     """float32 [t, rotary_dim]: cosines, then sines, of positions int32 [t] at float32 [rotary_dim / 2]."""
     angle = jnp.asarray(positions, jnp.float32)[:, None] * frequencies[None, :]

@@ -134,6 +134,8 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         check_heads(self.num_qo_heads, self.num_kv_heads)
+        for name in ("num_qo_heads", "num_kv_heads"):
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     @property
     def group(self) -> int:

@@ -1,7 +1,6 @@
 """What the tests of the FlashInfer-shaped surface share: index arrays as they arrive, and each entry point run under a
 variant and held against the dense float64 computation of `variants`."""
 
-import contextlib
 import math
 from unittest import mock
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import variants
-from helpers import assert_lse, assert_rivals, dense_batch, make_paged, rounded
+from helpers import assert_lse, assert_rivals, dense_batch, device_array, make_paged, rounded
 from variants import attend, masks_of, operands, seen
 
 from jaxattn import flashinfer
@@ -34,7 +33,7 @@ def indptr_of(lengths):
 def normal(shape, dtype, seed=1):
     """Numbers that the dtype holds, as float32 in numpy and as an array of that dtype."""
     x = helpers.normal(np.random.default_rng(seed), shape, dtype)
-    return x.astype(np.float32), jnp.asarray(x)
+    return x.astype(np.float32), device_array(x)
 
 
 def table_of(paged, as_metadata=np.asarray):
@@ -72,22 +71,6 @@ def check(result, qs, ks, vs, dtype, *, causal, lse_base="log2", sm_scale=HEAD_D
     assert_lse(lse[:rows], truth_lse if lse_base == "ln" else truth_lse / np.log(2))
     np.testing.assert_array_equal(np.asarray(o[rows:], np.float32), 0)
     np.testing.assert_array_equal(np.asarray(lse[rows:]), -np.inf)
-
-
-@contextlib.contextmanager
-def no_compilation():
-    compiled = []
-
-    def listen(event, duration, **kwargs):
-        if "backend_compile" in event:
-            compiled.append(kwargs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled, compiled
 
 
 def slopes_of(num_heads):
@@ -179,7 +162,7 @@ def check_variant(
     qs = np.split(q, qo_indptr[1:-1])
     masks = masks_of(variant, qo_lens, kv_lens) if variant.mask else [None] * len(qo_lens)
     sees = [seen(variant, *case) for case in zip(qo_lens, kv_lens, masks, strict=True)]
-    contiguous = [jnp.asarray(np.concatenate(x).astype(jnp.dtype(dtype))) for x in (ks, vs)]
+    contiguous = [device_array(np.concatenate(x).astype(jnp.dtype(dtype))) for x in (ks, vs)]
     if layout == "HND":
         contiguous = [jnp.swapaxes(x, 0, 1) for x in contiguous]
 
@@ -197,7 +180,7 @@ def check_variant(
         how |= dict(custom_mask=to(masks[0]))
     elif variant.mask:
         how |= dict(custom_mask=to(np.concatenate([m.ravel() for m in masks])))
-    sinks = jnp.asarray(operands(variant, h)[0])
+    sinks = device_array(operands(variant, h)[0])
     run_how = dict(return_lse=True) | (dict(sinks=sinks) if variant.sinks else {})
     types = dict(q_data_type=dtype, o_data_type=out_dtype)
     sizes = (h, kh, d, page_size)

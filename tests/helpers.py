@@ -1,8 +1,10 @@
 """Adversarial attention data, and the two-reference rule that judges a kernel."""
 
+import contextlib
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +26,21 @@ class Paged:
 def rounded(x: np.ndarray, dtype) -> np.ndarray:
     """x as the dtype stores it, in float32; float64 rounds nothing."""
     return x if dtype == np.float64 else x.astype(jnp.dtype(dtype)).astype(np.float32)
+
+
+def device_array(x, dtype=None) -> jax.Array:
+    """x on the device, moved there from NumPy: `jnp.asarray` compiles a program for each shape."""
+    if isinstance(x, jax.Array):
+        return x if dtype is None else x.astype(dtype)
+    return jax.device_put(np.asarray(x, dtype))
+
+
+def i32(x) -> jax.Array:
+    return device_array(x, jnp.int32)
+
+
+def i32s(*numbers) -> jax.Array:
+    return i32(numbers)
 
 
 def normal(rng, shape, dtype, scale=1.0, most=2**22 - 3) -> np.ndarray:
@@ -67,12 +84,10 @@ def make_paged(
     last = [n - (c - 1) * page_size if c else 0 for n, c in zip(kv_lens, counts, strict=True)]
     if layout == "HND":
         pages = pages.swapaxes(2, 3)
-    pages = jnp.asarray(pages)
     dv = head_dim_v or head_dim  # V's, at most K's
-    data = jnp.swapaxes(pages, 0, 1) if combined else (pages[0], pages[1, ..., :dv])
-    table = ja.PageTable(
-        jnp.asarray(indptr), jnp.asarray(indices), jnp.asarray(last, jnp.int32), page_size
-    )
+    data = pages.swapaxes(0, 1) if combined else (pages[0], pages[1, ..., :dv])
+    data = jax.tree.map(device_array, data)
+    table = ja.PageTable(*map(i32, (indptr, indices, last)), page_size)
     return Paged(
         ja.PagedKVCache(data, layout),
         table,
@@ -95,7 +110,7 @@ def with_scales(paged: Paged, kind: str, *, heads=None, seed=0) -> Paged:
     for base, own in zip(near, (paged.k, paged.v), strict=True):
         if kind != "token":
             scale = np.float32(base[0] if kind == "tensor" else base)
-            scales.append(jnp.asarray(scale))
+            scales.append(device_array(scale))
             tokens.append([x * np.broadcast_to(scale, (kh,))[:, None] for x in own])
             continue
         pages = np.full((cache.num_pages, p, kh), np.nan, np.float32)
@@ -104,7 +119,7 @@ def with_scales(paged: Paged, kind: str, *, heads=None, seed=0) -> Paged:
         for i, scale in enumerate(each):
             position = np.arange(len(scale))
             pages[indices[indptr[i] + position // p], position % p] = scale
-        scales.append(jnp.asarray(pages if cache.layout == "NHD" else pages.swapaxes(1, 2)))
+        scales.append(device_array(pages if cache.layout == "NHD" else pages.swapaxes(1, 2)))
         tokens.append([x * scale[..., None] for x, scale in zip(own, each, strict=True)])
     cache = dataclasses.replace(cache, scales=ja.KVScales(*scales))
     return Paged(cache, paged.table, *tokens)
@@ -174,3 +189,20 @@ def assert_lse(ours, truth):
 def same_bits(a, b) -> bool:
     """Whether two arrays are equal to the bit, NaN included."""
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@contextlib.contextmanager
+def no_compilation():
+    """Fails where XLA compiles anything."""
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        if "backend_compile" in event:
+            compiled.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled, compiled

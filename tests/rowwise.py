@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import device_array, i32
 
 import jaxattn as ja
 
@@ -18,7 +19,7 @@ def normal(shape, dtype=jnp.float32, *, seed=0, scale=1.0):
     if math.prod(shape) > 2**22:
         return (scale * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
     numbers = scale * np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return jnp.asarray(numbers.astype(dtype))
+    return device_array(numbers.astype(dtype))
 
 
 def on_host(x):
@@ -108,8 +109,8 @@ def make_append(
     # Spare entries name pages too: they must not be written.
     pages = num_pages - 1 - rng.permutation(min(num_pages, sum(counts) + 2))
     last = [n - (c - 1) * page_size if c else 0 for n, c in zip(kv_lens, counts, strict=True)]
-    table = ja.PageTable(*(jnp.asarray(x, jnp.int32) for x in (indptr, pages, last)))
-    append_indptr = jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32)
+    table = ja.PageTable(*map(i32, (indptr, pages, last)))
+    append_indptr = i32(np.concatenate([[0], np.cumsum(new)]))
     t = sum(new) + padding
     batch_indices, positions = ja.get_batch_indices_positions(
         append_indptr, table.kv_len(page_size), t

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array
 from rowwise import assert_rounded_once, normal
 
 import jaxattn as ja
@@ -30,7 +31,7 @@ def test_values(op, backend):
     x = np.concatenate([np.broadcast_to(gate, up.shape), up], axis=-1).astype(np.float32)
     gate, up = np.split(x.astype(np.float64), 2, axis=-1)
     truth = np.vectorize(TRUTH[op])(gate) * up
-    got = getattr(ja, f"{op}_and_mul")(jnp.asarray(x), backend=backend)
+    got = getattr(ja, f"{op}_and_mul")(device_array(x), backend=backend)
     assert got.shape == truth.shape
     np.testing.assert_allclose(got, truth, rtol=2e-6, atol=2e-6)
 
@@ -82,11 +83,11 @@ def test_a_model_takes_the_kernel_for_many_rows(monkeypatch):
     mlp = feed_forward.Gated(33, "gelu_pytorch_tanh")
     rng = np.random.default_rng(0)
     weights = jax.tree.map(
-        lambda source: jnp.asarray(rng.standard_normal(source.shape) / 4, jnp.bfloat16),
+        lambda source: device_array(rng.standard_normal(source.shape) / 4, jnp.bfloat16),
         mlp.sources("layer.", 16),
     )
     for rows in (4, 5):
-        x = jnp.asarray(rng.standard_normal((rows, 16)), jnp.bfloat16)
+        x = device_array(rng.standard_normal((rows, 16)), jnp.bfloat16)
         run = functools.partial(mlp, x, weights, is_token=jnp.ones(rows, bool))
         program = str(jax.make_jaxpr(functools.partial(run, backend="interpret"))())
         assert ("jaxattn_gelu_tanh_and_mul" in program) == (rows == 5)

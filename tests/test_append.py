@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array, i32
 from jax.sharding import PartitionSpec as P
 from rowwise import (
     assert_no_copy,
@@ -31,7 +32,7 @@ def check(case, backend):
     written = np.isfinite(np.asarray(got.k.astype(f32)))
     assert written.any()
     assert not written.all()
-    want = tuple(jnp.asarray(x).astype(got.dtype) for x in by_loop(case))
+    want = tuple(device_array(x, got.dtype) for x in by_loop(case))
     assert same((got.k, got.v), want)
 
 
@@ -82,8 +83,8 @@ def test_append_on_gpu(page_size, kv_heads, d, token_dtype, dtype, layout, combi
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_without_a_place_are_dropped(backend):
     case = make_append(kv_lens=(8, 4), new=(8, 4), padding=0)
-    batch = jnp.asarray([-1, 2, 100, 0, 0, 0, 1, 1, 0, 0, 1, 0], jnp.int32)
-    positions = jnp.asarray([0, 0, 0, -1, -5, 10, 5, 2**30, 3, 9, 4, 2], jnp.int32)
+    batch = i32([-1, 2, 100, 0, 0, 0, 1, 1, 0, 0, 1, 0])
+    positions = i32([0, 0, 0, -1, -5, 10, 5, 2**30, 3, 9, 4, 2])
     # Request 0's second page does not exist; what is left are two tokens each.
     for no_page in (-1, case.cache.num_pages):
         table = dataclasses.replace(case.table, indices=case.table.indices.at[1].set(no_page))

@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Paged, assert_lse, assert_rivals, dense_batch, make_paged, rounded, same_bits
+from helpers import (
+    Paged,
+    assert_lse,
+    assert_rivals,
+    dense_batch,
+    device_array,
+    i32,
+    make_paged,
+    rounded,
+    same_bits,
+)
 
 import jaxattn as ja
 from jaxattn.kernels.mosaic.tiles import default_config as hopper_config
@@ -38,7 +48,7 @@ def check_decode(paged, dtype, *, group, backend, sm_scale=None, scale=1.0, **sp
         )
         return ja.paged_decode(q, cache, plan, sm_scale=sm_scale, return_lse=True, backend=backend)
 
-    o, lse = decode(jnp.asarray(q).astype(dtype), cache, paged.table)
+    o, lse = decode(device_array(q, dtype), cache, paged.table)
     how = dict(sm_scale=sm_scale or d**-0.5, causal=False)
     score_dtype = dtype if scale == 1.0 else jnp.float32
     truth, truth_lse = dense_batch(q[:, None], paged.k, paged.v, dtype=np.float64, **how)
@@ -84,7 +94,7 @@ def check_prefill(
         )
         return ja.paged_prefill(q, cache, plan, sm_scale=sm_scale, return_lse=True, backend=backend)
 
-    o, lse = prefill(jnp.asarray(q).astype(dtype), jnp.asarray(qo_indptr), cache, paged.table)
+    o, lse = prefill(device_array(q, dtype), device_array(qo_indptr), cache, paged.table)
     score_dtype = dtype if scale == 1.0 else jnp.float32
     compare_prefill(
         o, lse, q, qo_lens, paged.k, paged.v, dtype, sm_scale or d**-0.5, causal, score_dtype
@@ -185,11 +195,11 @@ def decode_among(lengths, *, page_size=16, kh=2, group=4, head_dim=64, backend, 
     )
     width = -(-longest // page_size)
     block_table = rng.permutation(len(lengths) * width).reshape(len(lengths), width)
-    block_table = jnp.asarray(block_table, jnp.int32)
-    kv_len = jnp.asarray(lengths, jnp.int32)
+    block_table = i32(block_table)
+    kv_len = i32(lengths)
     table = ja.PageTable.from_block_table(block_table, kv_len, page_size)
-    indptr = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
-    q, k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in (q, *map(np.concatenate, zip(*rows))))
+    indptr = i32(np.concatenate([[0], np.cumsum(lengths)]))
+    q, k, v = (device_array(x, jnp.bfloat16) for x in (q, *map(np.concatenate, zip(*rows))))
 
     @jax.jit
     def decode(q, k, v, indptr, table):
@@ -227,7 +237,7 @@ def test_prefill_does_not_see_the_batch_either(splits):
     paged = make_paged([300, 5, 200], page_size=16)
     cache, table = paged.cache, paged.table
     kh, d = cache.num_kv_heads, cache.head_dim
-    q = jnp.asarray(np.random.default_rng(0).standard_normal((60, 4 * kh, d), np.float32))
+    q = device_array(np.random.default_rng(0).standard_normal((60, 4 * kh, d), np.float32))
     q = q.astype(cache.dtype)
     alone = ja.PageTable(table.indptr[:2], table.indices, table.last_page_len[:1])
 
@@ -238,7 +248,7 @@ def test_prefill_does_not_see_the_batch_either(splits):
         return ja.paged_prefill(q, cache, plan, return_lse=True, backend="interpret")
 
     outputs = [
-        prefill(q[: qo_indptr[-1]], jnp.asarray(qo_indptr, jnp.int32), pages)
+        prefill(q[: qo_indptr[-1]], i32(qo_indptr), pages)
         for pages, qo_indptr in ((table, [0, 3, 4, 60]), (alone, [0, 3]))
     ]
     for among, by_itself in zip(*outputs, strict=True):
@@ -286,7 +296,7 @@ def test_paged_prefill_of_few_rows(backend):
         check_prefill(paged, [3, 2, 1, 1], jnp.bfloat16, backend=backend, causal=True, **how)
         heads = dict(num_qo_tokens=10, num_qo_heads=3 * kv_heads, num_kv_heads=kv_heads)
         plan = functools.partial(ja.plan_prefill, page_size=16, num_sms=4, **heads)
-        qo_indptr = jnp.asarray([0, 3, 5, 6, 7], jnp.int32)
+        qo_indptr = i32([0, 3, 5, 6, 7])
         assert jax.eval_shape(plan, qo_indptr, paged.table).block_rows == rows
 
 
@@ -301,9 +311,7 @@ def test_ragged_prefill(layout, causal, backend):
     k, v = rounded(rng.standard_normal((2, sum(kv_lens) + spare, kh, d), np.float32), dtype)
     k[-spare:], v[-spare:] = np.nan, np.nan
     q = rounded(rng.standard_normal((sum(qo_lens) + spare, kh * group, d), np.float32), dtype)
-    qo_indptr, kv_indptr = (
-        jnp.asarray(np.concatenate([[0], np.cumsum(x)]), jnp.int32) for x in (qo_lens, kv_lens)
-    )
+    qo_indptr, kv_indptr = (i32(np.concatenate([[0], np.cumsum(x)])) for x in (qo_lens, kv_lens))
     as_layout = (lambda x: x.swapaxes(0, 1)) if layout == "HND" else (lambda x: x)
 
     @jax.jit
@@ -312,7 +320,7 @@ def test_ragged_prefill(layout, causal, backend):
         plan = ja.plan_ragged_prefill(qo_indptr, kv_indptr, causal=causal, **heads)
         return ja.ragged_prefill(q, k, v, plan, kv_layout=layout, return_lse=True, backend=backend)
 
-    arrays = (jnp.asarray(x.astype(dtype)) for x in (q, as_layout(k), as_layout(v)))
+    arrays = (device_array(x.astype(dtype)) for x in (q, as_layout(k), as_layout(v)))
     o, lse = prefill(*arrays, qo_indptr, kv_indptr)
     cuts = np.cumsum(kv_lens)
     ks, vs = np.split(k, cuts)[:-1], np.split(v, cuts)[:-1]
@@ -340,7 +348,7 @@ def test_shared_pages(backend):
     paged = make_paged([48, 64], page_size=16, seed=7)
     indices = np.asarray(paged.table.indices).copy()
     indices[3:5] = indices[0:2]  # request 1's first two pages are request 0's
-    table = ja.PageTable(paged.table.indptr, jnp.asarray(indices), paged.table.last_page_len)
+    table = ja.PageTable(paged.table.indptr, device_array(indices), paged.table.last_page_len)
     paged.k[1][:32], paged.v[1][:32] = paged.k[0][:32], paged.v[0][:32]
     shared = Paged(paged.cache, table, paged.k, paged.v)
     check_decode(shared, jnp.bfloat16, group=4, backend=backend)
@@ -370,7 +378,7 @@ def test_many_states_are_merged_in_teams(monkeypatch):
     plans = [
         ja.plan_decode(one_long.table, num_kv_heads=1, **heads),
         ja.plan_prefill(
-            jnp.asarray([0, 8, 10, 10], jnp.int32),
+            i32([0, 8, 10, 10]),
             one_long.table,
             num_qo_tokens=13,
             num_kv_heads=1,
@@ -409,7 +417,7 @@ def test_few_tall_tiles_are_merged_by_a_kernel_of_their_own(
     check_prefill(paged, qo_lens, dtype, group=group, backend="interpret", causal=True, num_sms=132)
     assert parts == [2 if head_dim == 136 else 1]
     plan = ja.plan_prefill(
-        jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32),
+        i32(np.concatenate([[0], np.cumsum(qo_lens)])),
         paged.table,
         num_qo_tokens=sum(qo_lens) + 3,
         num_qo_heads=group,
@@ -430,7 +438,7 @@ def test_merging_reads_no_rows_beyond_its_tile(new, rows, head_dim, wgmma):
     # Of so many keys that a tile may be split: else nothing is merged.
     paged = make_paged([1000], page_size=16)
     how = dict(page_size=16, num_qo_tokens=new, num_qo_heads=4, num_kv_heads=1, num_sms=2)
-    plan = ja.plan_prefill(jnp.asarray([0, new], jnp.int32), paged.table, **how)
+    plan = ja.plan_prefill(i32([0, new]), paged.table, **how)
     assert plan.block_rows == rows
     for dtype in (jnp.bfloat16, jnp.float32):
         config = kernel.default_config(
@@ -469,8 +477,8 @@ def test_equal_scores_average_the_values(backend, dtype):
     k = jnp.full((n, 1, d), 300.7, dtype)
     v = jnp.broadcast_to(jnp.linspace(-1, 1, n, dtype=dtype)[:, None, None], k.shape)
     plan = ja.plan_ragged_prefill(
-        jnp.asarray([0, 1], jnp.int32),
-        jnp.asarray([0, n], jnp.int32),
+        i32([0, 1]),
+        i32([0, n]),
         num_qo_tokens=1,
         num_qo_heads=2,
         num_kv_heads=1,
@@ -577,7 +585,7 @@ def test_runs_give_the_same_bits_gpu(lengths, kv_heads):
     paged = make_paged(lengths, page_size=16, num_kv_heads=kv_heads, head_dim=128)
     heads = dict(num_qo_heads=32, num_kv_heads=kv_heads)
     qo_lens = [min(n, 8) for n in lengths]
-    qo_indptr = jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32)
+    qo_indptr = i32(np.concatenate([[0], np.cumsum(qo_lens)]))
     prefill = dict(page_size=16, num_qo_tokens=sum(qo_lens), **heads)
     for op, rows, plan, whole in (
         (
@@ -628,13 +636,11 @@ def test_cache_beyond_2_31_elements_gpu(gpu_memory):
     rng = np.random.default_rng(0)
     kv = rounded(rng.standard_normal((2, own.size * page_size, kh, d), np.float32), jnp.bfloat16)
     cache = ja.PagedKVCache.zeros(num_pages, page_size, kh, d, jnp.bfloat16)
-    table = ja.PageTable(
-        jnp.asarray([0, own.size], jnp.int32), jnp.asarray(own), jnp.asarray([page_size], jnp.int32)
-    )
+    table = ja.PageTable(i32([0, own.size]), device_array(own), i32([page_size]))
     tokens = np.arange(own.size * page_size, dtype=np.int32)
     append = jax.jit(ja.append_paged_kv_cache, donate_argnums=4)
-    k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in kv)
-    cache = append(k, v, jnp.zeros_like(tokens), jnp.asarray(tokens), cache, table)
+    k, v = (device_array(x, jnp.bfloat16) for x in kv)
+    cache = append(k, v, jnp.zeros_like(tokens), device_array(tokens), cache, table)
     check_decode(Paged(cache, table, [kv[0]], [kv[1]]), jnp.bfloat16, group=4, backend=None)
 
 

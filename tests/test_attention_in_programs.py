@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flashinfer_cases import no_compilation
-from helpers import make_paged, same_bits
+from helpers import (
+    device_array,
+    i32,
+    make_paged,
+    no_compilation,
+    same_bits,
+)
 from jax.sharding import PartitionSpec as P
 
 import jaxattn as ja
@@ -24,7 +29,7 @@ def decode_arguments(kv_lens, *, group=2, batch_seed=0, **how):
     paged = make_paged(kv_lens, page_size=16, **how)
     rng = np.random.default_rng(batch_seed)
     shape = (len(kv_lens), paged.cache.num_kv_heads * group, paged.cache.head_dim)
-    q = jnp.asarray(rng.standard_normal(shape, np.float32)).astype(paged.cache.dtype)
+    q = device_array(rng.standard_normal(shape, np.float32), paged.cache.dtype)
     return q, paged.cache, paged.table
 
 
@@ -48,7 +53,7 @@ def test_page_order_changes_nothing():
     moved = ja.PagedKVCache(tuple(x[np.argsort(order)] for x in cache.data))
     indices = np.asarray(table.indices)
     indices = np.where(indices < cache.num_pages, order[np.minimum(indices, order.size - 1)], 0)
-    other = ja.PageTable(table.indptr, jnp.asarray(indices, jnp.int32), table.last_page_len)
+    other = ja.PageTable(table.indptr, i32(indices), table.last_page_len)
     for a, b in zip(decode(q, cache, table), decode(q, moved, other), strict=True):
         assert same_bits(a, b)
 
@@ -90,7 +95,7 @@ def test_vmap_prefill(backend):
     @jax.jit
     def prefill(q, cache, table):
         plan = ja.plan_prefill(
-            jnp.asarray([0, 2, 5], jnp.int32),
+            i32([0, 2, 5]),
             table,
             page_size=16,
             num_qo_tokens=q.shape[0],
@@ -100,7 +105,7 @@ def test_vmap_prefill(backend):
         return ja.paged_prefill(q, cache, plan, backend=backend).astype(jnp.float32)
 
     _, cache, table = decode_arguments([33, 20])
-    q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 4, 64), np.float32))
+    q = device_array(np.random.default_rng(0).standard_normal((2, 6, 4, 64), np.float32))
     q = q.astype(cache.dtype)
     o = jax.vmap(prefill, in_axes=(0, None, None))(q, cache, table)
     for i in range(2):
@@ -120,7 +125,7 @@ def test_scan_and_while(backend):
         table = ja.PageTable.from_block_table(block_table, kv_len, 16)
         return decode(q, cache, table, backend)[0].astype(jnp.float32)
 
-    start = jnp.asarray([0, 7], jnp.int32)
+    start = i32([0, 7])
     _, outs = jax.jit(lambda: jax.lax.scan(lambda n, _: (n + 1, step(n)), start, length=3))()
     for i in range(3):
         np.testing.assert_allclose(np.asarray(outs[i]), np.asarray(step(start + i)), **ONE_ULP)
@@ -158,10 +163,10 @@ def prefill_arguments(*, group=2):
     rng = np.random.default_rng(4)
     kh, d = cache.num_kv_heads, cache.head_dim
     q, k, v = (
-        jnp.asarray(rng.standard_normal((n, heads, d), np.float32)).astype(cache.dtype)
+        device_array(rng.standard_normal((n, heads, d), np.float32), cache.dtype)
         for n, heads in ((10, kh * group), (40, kh), (40, kh))
     )
-    return q, jnp.asarray([0, 4, 9], jnp.int32), cache, table, k, v
+    return q, i32([0, 4, 9]), cache, table, k, v
 
 
 @functools.partial(jax.jit, static_argnames="backend")
@@ -185,7 +190,7 @@ def assert_close(ours, want):
 def test_prefill_transforms(backend):
     """Every argument batched under vmap and scan, and lengths that a while loop carries."""
     q, qo_indptr, cache, table, k, v = prefill_arguments()
-    other = (q + 1, jnp.asarray([0, 6, 6], jnp.int32), cache, table, k - 1, v + 1)
+    other = (q + 1, i32([0, 6, 6]), cache, table, k - 1, v + 1)
     layers = jax.tree.map(lambda *x: jnp.stack(x), (q, qo_indptr, cache, table, k, v), other)
     run = functools.partial(prefills, backend=backend)
     each = [run(*jax.tree.map(lambda x, i=i: x[i], layers)) for i in range(2)]
@@ -197,10 +202,10 @@ def test_prefill_transforms(backend):
 
     def step(carry):
         i, _ = carry
-        return i + 1, run(q, jnp.asarray([0, 3, 7], jnp.int32) + i, cache, table, k, v)
+        return i + 1, run(q, i32([0, 3, 7]) + i, cache, table, k, v)
 
     _, last = jax.lax.while_loop(lambda c: c[0] < 2, step, (jnp.int32(0), each[0]))
-    assert_close(last, run(q, jnp.asarray([1, 4, 8], jnp.int32), cache, table, k, v))
+    assert_close(last, run(q, i32([1, 4, 8]), cache, table, k, v))
 
 
 @pytest.mark.parametrize("backend", SLOW_INTERPRETED)
@@ -273,7 +278,7 @@ def test_lengths_never_recompile():
     q, cache, _ = decode_arguments([64, 64])
     block_table = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
     for lens in ([1, 64], [0, 0], [33, 16]):
-        step(q, cache, ja.PageTable.from_block_table(block_table, jnp.asarray(lens), 16))
+        step(q, cache, ja.PageTable.from_block_table(block_table, device_array(lens), 16))
     assert len(traces) == 1 and step._cache_size() == 1
 
 
@@ -282,8 +287,8 @@ def test_prefill_lengths_never_recompile():
     block_table = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
     step = jax.jit(functools.partial(prefills, backend="xla"))
     for qo_lens, kv_lens in (([0, 0], [0, 0]), ([10, 0], [48, 1]), ([1, 4], [1, 30])):
-        qo_indptr = jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32)
-        kv_len = jnp.asarray(kv_lens, jnp.int32)
+        qo_indptr = i32(np.concatenate([[0], np.cumsum(qo_lens)]))
+        kv_len = i32(kv_lens)
         step(q, qo_indptr, cache, ja.PageTable.from_block_table(block_table, kv_len, 16), k, v)
     assert step._cache_size() == 1
 
@@ -342,7 +347,7 @@ def test_errors(call, error, message):
 
 def test_plans_of_the_other_kind_of_keys_are_errors():
     q, cache, table = decode_arguments([20, 3])
-    indptr = jnp.asarray([0, 1, 2], jnp.int32)
+    indptr = i32([0, 1, 2])
     heads = dict(num_qo_tokens=2, num_qo_heads=4, num_kv_heads=2)
     ragged = ja.plan_ragged_prefill(indptr, indptr, **heads)
     paged = ja.plan_prefill(indptr, table, page_size=16, **heads)
@@ -413,12 +418,12 @@ def test_nothing_to_attend_to(backend):
 def test_rows_cut_off_from_q_move_nothing():
     """With fewer rows in q than qo_indptr speaks of, the rows that are there stay what they were."""
     _, cache, table = decode_arguments([24])
-    q = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4, 64)), cache.dtype)
+    q = device_array(np.random.default_rng(0).standard_normal((6, 4, 64)), cache.dtype)
 
     @functools.partial(jax.jit, static_argnames="backend")
     def prefill(q, backend):
         plan = ja.plan_prefill(
-            jnp.asarray([0, 6], jnp.int32),
+            i32([0, 6]),
             table,
             page_size=16,
             num_qo_tokens=q.shape[0],

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array, i32s
 from jax.sharding import PartitionSpec as P
 from rowwise import normal, on_host, two_devices
 
@@ -23,19 +24,15 @@ def make(b, t, s, n, k, h=32, dtype=f32, seed=0):
     return q, *(normal((b, s, k, h), dtype, seed=seed + i) for i in (1, 2))
 
 
-def i32(*x):
-    return jnp.asarray(x, jnp.int32)
-
-
 def holes(*shape, seed=0):
     """A random bool mask; every query sees a key, or jax.nn's result would have no meaning."""
     mask = np.random.default_rng(seed).random(shape) < 0.6
     mask[..., 0] = True
-    return jnp.asarray(mask)
+    return device_array(mask)
 
 
 def left_padded(s, *lengths):
-    return jnp.asarray(np.arange(s)[None, :] >= s - np.asarray(lengths)[:, None])[:, None, None, :]
+    return device_array(np.arange(s)[None, :] >= s - np.asarray(lengths)[:, None])[:, None, None, :]
 
 
 @functools.partial(
@@ -71,14 +68,14 @@ def check(q, k, v, *, backend, seen=None, **how):
 # Decode: one query over a cache.
 DECODE = [
     (make(2, 1, 128, 4, 4), {}),
-    (make(3, 1, 150, 8, 2, 64), dict(key_value_seq_lengths=i32(1, 150, 77))),
+    (make(3, 1, 150, 8, 2, 64), dict(key_value_seq_lengths=i32s(1, 150, 77))),
     (make(2, 1, 37, 6, 2, 80), dict(local_window_size=(3, 20), scale=0.5)),
     (make(2, 1, 37, 4, 1, dtype=bf16), dict(is_causal=True)),
     (make(3, 1, 150, 4, 2, dtype=f16), dict(mask=left_padded(150, 150, 3, 129))),
     (make(2, 1, 300, 4, 1), dict(mask=holes(2, 1, 1, 300))),
     (
         make(2, 1, 40, 4, 4),
-        dict(mask=holes(1, 1, 1, 40), key_value_seq_lengths=i32(9, 40), local_window_size=(0, 30)),
+        dict(mask=holes(1, 1, 1, 40), key_value_seq_lengths=i32s(9, 40), local_window_size=(0, 30)),
     ),
     (make(2, 1, 37, 2, 2), dict(mask=jnp.ones((1, 1, 1, 1), bool))),
 ]
@@ -91,11 +88,11 @@ PREFILL = [
     (make(2, 150, 40, 2, 1, 64), dict(local_window_size=120, scale=0.5)),
     (
         make(2, 64, 72, 4, 2, dtype=f16),
-        dict(query_seq_lengths=i32(32, 1), key_value_seq_lengths=i32(30, 72)),
+        dict(query_seq_lengths=i32s(32, 1), key_value_seq_lengths=i32s(30, 72)),
     ),
     (
         make(2, 64, 64, 4, 4, dtype=bf16),
-        dict(query_seq_lengths=i32(64, 20), key_value_seq_lengths=i32(64, 20), is_causal=True),
+        dict(query_seq_lengths=i32s(64, 20), key_value_seq_lengths=i32s(64, 20), is_causal=True),
     ),
     (make(2, 64, 64, 4, 2), dict(mask=holes(2, 1, 64, 64))),
     (make(2, 64, 150, 4, 2, dtype=bf16), dict(mask=holes(1, 1, 64, 150), is_causal=True)),
@@ -103,15 +100,15 @@ PREFILL = [
         make(2, 33, 65, 6, 2),
         dict(
             mask=holes(2, 1, 33, 65),
-            query_seq_lengths=i32(33, 7),
-            key_value_seq_lengths=i32(65, 50),
+            query_seq_lengths=i32s(33, 7),
+            key_value_seq_lengths=i32s(65, 50),
         ),
     ),
     (make(2, 64, 64, 4, 1), dict(mask=holes(2, 1, 1, 64), is_causal=True)),
     (make(2, 40, 64, 4, 4), dict(mask=holes(1, 1, 1, 64), local_window_size=(50, 9))),
     (
         make(3, 33, 33, 4, 2),
-        dict(mask=holes(3, 1, 1, 33), is_causal=True, query_seq_lengths=i32(33, 1, 12)),
+        dict(mask=holes(3, 1, 1, 33), is_causal=True, query_seq_lengths=i32s(33, 1, 12)),
     ),
     (make(2, 20, 20, 2, 2), dict(mask=holes(2, 1, 20, 1) | True)),
 ]
@@ -141,7 +138,7 @@ def test_padded_prompts(t, is_causal, backend):
     """As models call it: a mask of keys in prefill and in decode, padding left or right; rows that see none are 0."""
     real = np.ones((3, 40), bool)
     real[0, :15] = real[1, 33:] = False
-    mask = jnp.asarray(real)[:, None, None, :]
+    mask = device_array(real)[:, None, None, :]
     seen = None
     if is_causal:
         seen = np.cumsum(real, axis=1)[:, :t] > 0
@@ -168,20 +165,20 @@ def visible(b, t, s, *, mask=None, is_causal=False, local_window_size=None, **le
 @pytest.mark.parametrize(
     "t,how",
     [
-        (1, dict(key_value_seq_lengths=i32(5, 130))),
+        (1, dict(key_value_seq_lengths=i32s(5, 130))),
         (1, dict(mask=holes(2, 1, 1, 140))),
         (20, dict(is_causal=True)),
         (20, dict(local_window_size=(2, 3))),
         (20, dict(mask=holes(2, 1, 1, 140), is_causal=True)),
         (20, dict(mask=holes(2, 1, 20, 140) & holes(2, 1, 1, 140, seed=1))),
-        (20, dict(query_seq_lengths=i32(20, 3), key_value_seq_lengths=i32(140, 7))),
+        (20, dict(query_seq_lengths=i32s(20, 3), key_value_seq_lengths=i32s(140, 7))),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
 )
 def test_what_no_query_sees_may_be_nan(t, how, backend):
     """Behind the lengths, behind the causal mask, outside of windows, masked out; among keys that are seen."""
     q, k, v = make(2, t, 140, 4, 2)
-    unseen = jnp.asarray(~visible(2, t, 140, **how).any(axis=1))[..., None, None]
+    unseen = device_array(~visible(2, t, 140, **how).any(axis=1))[..., None, None]
     assert unseen.any()
     want = ours(q, k, v, **how, backend=backend)
     got = ours(q, *(jnp.where(unseen, jnp.nan, x) for x in (k, v)), **how, backend=backend)
@@ -194,7 +191,7 @@ def test_what_no_query_sees_may_be_nan(t, how, backend):
 def test_queries_without_keys_give_zero(t, backend):
     q, k, v = make(3, t, 20, 4, 2)
     mask = jnp.ones((3, 1, 1, 20), bool).at[1].set(False)
-    for how in (dict(mask=mask), dict(key_value_seq_lengths=i32(20, 0, 3))):
+    for how in (dict(mask=mask), dict(key_value_seq_lengths=i32s(20, 0, 3))):
         o, lse = ours(q, k, v, **how, return_residual=True, backend=backend)
         o, lse = on_host(o), on_host(lse)
         assert not o[1].any() and (lse[1] == -np.inf).all()
@@ -209,12 +206,12 @@ def test_queries_without_keys_give_zero(t, backend):
 @pytest.mark.parametrize("t", [1, 7])
 def test_residual_axes_and_value_dims(t, backend):
     q, k, v = make(1, t, 30, 4, 2)
-    how = dict(key_value_seq_lengths=i32(21), return_residual=True)
+    how = dict(key_value_seq_lengths=i32s(21), return_residual=True)
     want = theirs(q, k, v, **how)
     for x, y in zip(ours(q, k, v, **how, backend=backend), want, strict=True):
         np.testing.assert_allclose(on_host(x), on_host(y), rtol=2e-5, atol=2e-5)
     # Without an axis of requests, and with a head dim of V's own.
-    o = ours(q[0], k[0], v[0, ..., :20], key_value_seq_lengths=i32(21), backend=backend)
+    o = ours(q[0], k[0], v[0, ..., :20], key_value_seq_lengths=i32s(21), backend=backend)
     np.testing.assert_allclose(on_host(o), on_host(want[0])[0, ..., :20], rtol=2e-5, atol=2e-5)
 
 
@@ -226,7 +223,7 @@ def test_caps_and_sinks(t, backend):
     sinks = normal((4,), seed=9)
     mask = np.asarray(holes(2, 1, 1, 30))
     o = jax.jit(functools.partial(ja.dot_product_attention, logits_soft_cap=3.0, backend=backend))(
-        q, k, v, mask=jnp.asarray(mask), sinks=sinks
+        q, k, v, mask=device_array(mask), sinks=sinks
     )
     q64, k64, v64 = (np.asarray(x, np.float64) for x in (q, k, v))
     k64, v64 = (np.repeat(x, 2, axis=2) for x in (k64, v64))
@@ -243,7 +240,7 @@ def test_a_ring_cache(backend):
     q, k, v = make(2, 1, 13, 4, 2)
     slots = np.arange(5, 13) % 8
     ring = [jnp.zeros((2, 10, 2, 32)).at[:, slots].set(x[:, 5:]) for x in (k, v)]
-    mask = jnp.asarray(np.arange(10) < 8)[None, None, None, :]
+    mask = device_array(np.arange(10) < 8)[None, None, None, :]
     o = ours(q, *ring, mask=mask, backend=backend)
     want = theirs(q, k[:, 5:], v[:, 5:])
     np.testing.assert_allclose(on_host(o), on_host(want), rtol=2e-5, atol=2e-5)
@@ -284,7 +281,7 @@ def test_programs(backend):
 
         caches = tuple(jnp.stack([c] * layers) for c in (k0, v0))
         return jax.lax.while_loop(
-            lambda state: jnp.any(state[1] < 12), step, (x, i32(3, 6), caches)
+            lambda state: jnp.any(state[1] < 12), step, (x, i32s(3, 6), caches)
         )[0]
 
     xs = jnp.stack([q0, -q0])
@@ -299,7 +296,7 @@ def test_programs(backend):
 @pytest.mark.parametrize(
     "name,values",
     [
-        ("key_value_seq_lengths", [i32(20, 3), i32(7, 30)]),
+        ("key_value_seq_lengths", [i32s(20, 3), i32s(7, 30)]),
         ("mask", [holes(2, 1, 1, 30), holes(2, 1, 1, 30, seed=1)]),
         ("mask", [holes(2, 1, 9, 30), holes(2, 1, 9, 30, seed=1)]),
     ],
@@ -311,7 +308,7 @@ def test_vmap_of_prefill(name, values, backend):
     def op(scale, x):
         return ours(q, scale * k, v, **{name: x}, local_window_size=(20, 20), backend=backend)
 
-    got = jax.vmap(op)(jnp.asarray([1.0, 0.5]), jnp.stack(values))
+    got = jax.vmap(op)(device_array([1.0, 0.5]), jnp.stack(values))
     for i, (scale, x) in enumerate(zip((1.0, 0.5), values, strict=True)):
         np.testing.assert_allclose(on_host(got[i]), on_host(op(scale, x)), rtol=2e-5, atol=2e-5)
 
@@ -319,7 +316,7 @@ def test_vmap_of_prefill(name, values, backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", None])
 @pytest.mark.parametrize(
-    "t,how", [(1, dict(key_value_seq_lengths=i32(5, 20))), (8, dict(is_causal=True))]
+    "t,how", [(1, dict(key_value_seq_lengths=i32s(5, 20))), (8, dict(is_causal=True))]
 )
 def test_gradients(t, how, backend):
     arrays = make(2, t, 20, 4, 2, 16)
@@ -342,14 +339,14 @@ MODES = [
     (1, False, {}),
     (4, False, dict(is_causal=True)),
     (4, True, dict(is_causal=True, local_window_size=(3, 2))),
-    (4, False, dict(query_seq_lengths=i32(64, 32), key_value_seq_lengths=i32(32, 64))),
+    (4, False, dict(query_seq_lengths=i32s(64, 32), key_value_seq_lengths=i32s(32, 64))),
     (
         4,
         False,
         dict(
             is_causal=True,
-            query_seq_lengths=i32(64, 32),
-            key_value_seq_lengths=i32(32, 64),
+            query_seq_lengths=i32s(64, 32),
+            key_value_seq_lengths=i32s(32, 64),
         ),
     ),
     (4, True, dict(mask=jnp.tril(jnp.ones((128, 128), bool))[None, None])),
@@ -359,8 +356,8 @@ MODES = [
         False,
         dict(
             mask=jnp.tril(jnp.ones((128, 128), bool))[None, None],
-            query_seq_lengths=i32(64, 32),
-            key_value_seq_lengths=i32(32, 64),
+            query_seq_lengths=i32s(64, 32),
+            key_value_seq_lengths=i32s(32, 64),
         ),
     ),
 ]
@@ -390,7 +387,7 @@ def test_results_and_derivatives_where_jax_tests_its_own(kv_heads, use_vmap, how
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_queries(backend):
     q, k, v = make(2, 0, 20, 4, 2)
-    for how in ({}, dict(mask=holes(2, 1, 1, 20)), dict(query_seq_lengths=i32(0, 0))):
+    for how in ({}, dict(mask=holes(2, 1, 1, 20)), dict(query_seq_lengths=i32s(0, 0))):
         assert ours(q, k, v, **how, backend=backend).shape == q.shape
 
 
@@ -399,7 +396,7 @@ def test_nothing_is_copied():
     q, k, v = make(2, 1, 4096, 4, 2, 64)
     compiled = (
         jax.jit(ja.dot_product_attention)
-        .lower(q, k, v, key_value_seq_lengths=i32(5, 4096))
+        .lower(q, k, v, key_value_seq_lengths=i32s(5, 4096))
         .compile()
     )
     assert compiled.memory_analysis().temp_size_in_bytes < k.nbytes / 2
@@ -433,7 +430,7 @@ ERRORS = [
     (ValueError, "local_window_size must be", dict(local_window_size=-1)),
     (ValueError, "local_window_size must be", dict(local_window_size=(3, None))),
     (ValueError, "local_window_size must be", dict(local_window_size=True)),
-    (ValueError, "query_seq_lengths must have shape", dict(query_seq_lengths=i32(1))),
+    (ValueError, "query_seq_lengths must have shape", dict(query_seq_lengths=i32s(1))),
     (TypeError, "key_value_seq_lengths must be int32", dict(key_value_seq_lengths=jnp.ones(2))),
     (ValueError, "key must have shape", dict(key=jnp.zeros((2, 20, 2, 16)))),
     (ValueError, "value must have shape", dict(value=jnp.zeros((2, 19, 2, 32)))),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import i32s
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rowwise import normal, on_host
@@ -16,10 +17,6 @@ pytestmark = pytest.mark.skipif(jax.device_count() < 2, reason="needs two device
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 WHOLE, BY_HEADS, BY_REQUESTS = P(), P(None, "x"), P("x")
 PAGES = P(None, None, "x")
-
-
-def i32(*x):
-    return jnp.asarray(x, jnp.int32)
 
 
 @pytest.fixture
@@ -33,7 +30,7 @@ def inputs(mesh=None, heads=WHOLE, requests=WHOLE, pages=WHOLE):
     """q, k, v, lengths and the cache, put where the specs say."""
     q, k, v = (normal((2, h, HEAD_DIM), seed=i) for i, h in enumerate((HEADS, KV_HEADS, KV_HEADS)))
     cache = ja.PagedKVCache(tuple(normal((4, 4, KV_HEADS, HEAD_DIM), seed=i) for i in (5, 6)))
-    args, specs = ((q, k, v), i32(2, 5), cache), (heads, requests, pages)
+    args, specs = ((q, k, v), i32s(2, 5), cache), (heads, requests, pages)
     if mesh is None:
         return args
     return tuple(
@@ -42,7 +39,7 @@ def inputs(mesh=None, heads=WHOLE, requests=WHOLE, pages=WHOLE):
 
 
 def block_table():
-    return i32(0, 1, 2, 3).reshape(2, 2)
+    return i32s(0, 1, 2, 3).reshape(2, 2)
 
 
 def step(heads, kv_len, cache, devices=1):
@@ -65,7 +62,7 @@ OPS = dict(
     step=step,
     decode=lambda heads, kv_len, cache: ja.paged_decode(heads[0], cache, plan(kv_len)),
     append=lambda heads, kv_len, cache: ja.append_paged_kv_cache(
-        *heads[1:], i32(0, 1), i32(1, 4), cache, table(kv_len)
+        *heads[1:], i32s(0, 1), i32s(1, 4), cache, table(kv_len)
     ),
     dense=lambda heads, kv_len, cache: ja.dot_product_attention(
         heads[0][:, None], *(x[:, None] for x in heads[1:]), key_value_seq_lengths=kv_len

@@ -15,7 +15,7 @@ from flashinfer_cases import (
     paged_case,
     table_of,
 )
-from helpers import make_paged, same_bits
+from helpers import device_array, make_paged, same_bits
 
 import jaxattn as ja
 from jaxattn.work_list import WorkItem
@@ -141,7 +141,7 @@ def test_scales():
     decode.plan(*table_of(paged), *HEADS, 4, q_data_type=dtype, sm_scale=0.1)
     prefill = ja.BatchPrefillWithPagedKVCacheWrapper(None)
     prefill.plan([0, 1, 2], *table_of(paged), *HEADS, 4, q_data_type=dtype, sm_scale=0.1)
-    k, v = (jnp.asarray(np.concatenate(x)).astype(dtype) for x in (paged.k, paged.v))
+    k, v = (device_array(np.concatenate(x), dtype) for x in (paged.k, paged.v))
     ragged = ja.BatchPrefillWithRaggedKVCacheWrapper(None)
     ragged.plan([0, 1, 2], [0, 5, 25], *HEADS, q_data_type=dtype, sm_scale=0.1)
     for run, kv in ((decode.run, (data,)), (prefill.run, (data,)), (ragged.run, (k, v))):
@@ -188,7 +188,7 @@ def test_gpu_prefill():
     result = wrapper.run_return_lse(q_array, paged.cache.data)
     check(result, qs, paged.k, paged.v, dtype, **how)
 
-    k, v = (jnp.asarray(np.concatenate(x)).astype(dtype) for x in (paged.k, paged.v))
+    k, v = (device_array(np.concatenate(x), dtype) for x in (paged.k, paged.v))
     wrapper = ja.BatchPrefillWithRaggedKVCacheWrapper(None)
     wrapper.plan(qo_indptr, indptr_of(kv_lens), *heads, causal=True)
     check(wrapper.run_return_lse(q_array, k, v), qs, paged.k, paged.v, dtype, **how)

@@ -14,12 +14,17 @@ from flashinfer_cases import (
     NUM_QO_HEADS,
     check,
     indptr_of,
-    no_compilation,
     normal,
     paged_case,
     table_of,
 )
-from helpers import make_paged, same_bits
+from helpers import (
+    device_array,
+    i32,
+    make_paged,
+    no_compilation,
+    same_bits,
+)
 
 import jaxattn as ja
 
@@ -105,7 +110,7 @@ def test_graph_prefill_never_recompiles(metadata):
         qs = np.split(np.asarray(full_q[:total], np.float32), qo_indptr[1:-1])
         k, v = (np.zeros((80, NUM_KV_HEADS, HEAD_DIM), np.float32) for _ in range(2))
         k[: kv_indptr[-1]], v[: kv_indptr[-1]] = np.concatenate(paged.k), np.concatenate(paged.v)
-        k, v = (jnp.asarray(x).astype(dtype) for x in (k, v))
+        k, v = (device_array(x, dtype) for x in (k, v))
         table = table_of(paged, to)
         # On the device, shorter index arrays are padded by a small program of their own.
         may_compile = (qo_lens, kv_lens) == first or metadata == "device"
@@ -129,7 +134,7 @@ def test_device_qo_indptr_is_not_read(device):
     wrapper = ja.BatchPrefillWithPagedKVCacheWrapper(None)
     table = table_of(paged, jnp.asarray)
     with jax.transfer_guard_device_to_host("disallow"):
-        wrapper.plan(jnp.asarray([0, 4, 10], jnp.int32), *table, *HEADS, 4, q_data_type=dtype)
+        wrapper.plan(i32([0, 4, 10]), *table, *HEADS, 4, q_data_type=dtype)
         longer = wrapper.run_return_lse(q_array, data)
         shorter = wrapper.run_return_lse(q_array[:7], data)
     check(longer, [q[:4], q[4:10]], paged.k, paged.v, dtype, causal=False)

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flashinfer_cases import dense, indptr_of, no_compilation, normal
-from helpers import assert_rivals, rounded
+from flashinfer_cases import dense, indptr_of, normal
+from helpers import (
+    assert_rivals,
+    device_array,
+    no_compilation,
+    rounded,
+)
 from variants import Variant, seen
 
 from jaxattn import flashinfer
@@ -22,7 +27,7 @@ class Cascade:
         rng = np.random.default_rng(0)
         kv = rounded(rng.standard_normal((2, num_pages, PAGE_SIZE, KH, D), np.float32), dtype)
         order = rng.permutation(num_pages).astype(np.int32)
-        self.data = tuple(jnp.asarray(x).astype(dtype) for x in kv)
+        self.data = tuple(device_array(x, dtype) for x in kv)
         self.tables, parts, begin = [], [], 0
         for lens in ([shared], of_group, own):
             counts = [-(-n // PAGE_SIZE) for n in lens]

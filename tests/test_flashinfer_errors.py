@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import i32
 
 import jaxattn as ja
 
@@ -176,7 +177,7 @@ def test_graph_capacity_errors(rows):
     wrapper = prefill_wrapper(**GRAPH, **qo_buffer, **buffers(suffix="_buf"))
     with pytest.raises(ValueError, match=r"qo_indptr\[-1\]=4 must not exceed .* first plan, 2"):
         wrapper.plan([0, 3, 4], *TABLE, *plan)
-    wrapper.plan(jnp.asarray([0, 1, 2], jnp.int32), *TABLE, *plan)
+    wrapper.plan(i32([0, 1, 2]), *TABLE, *plan)
     with pytest.raises(ValueError, match=r"the largest number planned for \(2\); got 3"):
         wrapper.run(jnp.zeros((3, NUM_QO_HEADS, HEAD_DIM), jnp.float16), CACHE)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flashinfer_cases import table_of
-from helpers import assert_rivals, dense_batch, make_paged, rounded, with_scales
+from helpers import assert_rivals, dense_batch, device_array, make_paged, rounded, with_scales
 
 import jaxattn as ja
 
@@ -26,7 +26,7 @@ def quantised(k, v, dtype):
 
 def tenths(rng, shape):
     """Normal numbers of FlashInfer's tests' size, float16."""
-    return jnp.asarray(0.1 * rng.standard_normal(shape, np.float32)).astype(f16)
+    return device_array(0.1 * rng.standard_normal(shape, np.float32), f16)
 
 
 def check_batch(batch, qo_len, kv_len, page_size, kh, h, d, dtype, layout="NHD"):
@@ -35,7 +35,7 @@ def check_batch(batch, qo_len, kv_len, page_size, kh, h, d, dtype, layout="NHD")
     shape = (page_size, kh) if layout == "NHD" else (kh, page_size)
     k, v = (tenths(rng, (batch * pages_each, *shape, d)) for _ in "kv")
     (k8, v8), (k_scale, v_scale) = quantised(k, v, dtype)
-    q = jnp.asarray(rng.standard_normal((batch * qo_len, h, d), np.float32)).astype(f16)
+    q = device_array(rng.standard_normal((batch * qo_len, h, d), np.float32), f16)
     indptr = np.arange(batch + 1, dtype=np.int32) * pages_each
     indices = np.arange(batch * pages_each, dtype=np.int32)
     last = np.full(batch, (kv_len - 1) % page_size + 1, np.int32)
@@ -82,7 +82,7 @@ def check_single(kv_len, dtype):
     rng = np.random.default_rng(0)
     k, v = (tenths(rng, (kv_len, 4, 128)) for _ in "kv")
     (k8, v8), (k_scale, v_scale) = quantised(k, v, dtype)
-    q = jnp.asarray(rng.standard_normal((32, 128), np.float32)).astype(f16)
+    q = device_array(rng.standard_normal((32, 128), np.float32), f16)
     want = ja.single_decode_with_kv_cache(q, k, v)
     got = ja.single_decode_with_kv_cache(q, k8, v8, k_scale=k_scale, v_scale=v_scale)
     got, want = (np.asarray(x, np.float32) for x in (got, want))
@@ -107,7 +107,7 @@ def case(kind=None, lens=(5, 40)):
     if kind:
         paged = with_scales(paged, kind, heads=[np.float32([0.5, 2]), np.float32([3, 0.25])])
     q = rounded(np.random.default_rng(0).standard_normal((len(lens), 4, 64), np.float32), bf16)
-    return paged, q, jnp.asarray(q).astype(bf16)
+    return paged, q, device_array(q, bf16)
 
 
 def judge(o, q, paged, q_scale=1.0):
@@ -163,7 +163,7 @@ def test_prefill_ragged_and_cascade():
     bare = make_paged((5, 40), page_size=4, num_kv_heads=2, dtype=E4M3)
     ragged = ja.BatchPrefillWithRaggedKVCacheWrapper(None)
     ragged.plan(np.int32([0, 1, 2]), np.int32([0, 5, 45]), 4, 2, 64, **types)
-    kv = [jnp.asarray(np.concatenate(x)).astype(E4M3) for x in (bare.k, bare.v)]
+    kv = [device_array(np.concatenate(x), E4M3) for x in (bare.k, bare.v)]
     judge(ragged.run(q_array, *kv, **scales), q, paged)
     cascade = ja.MultiLevelCascadeAttentionWrapper(1, None)
     arrays = [[x] for x in (np.int32([0, 1, 2]), *table_of(paged))]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flashinfer_cases import check_variant, indptr_of, normal, table_of
-from helpers import make_paged
+from helpers import device_array, make_paged
 from variants import Variant
 
 from jaxattn import flashinfer
@@ -188,7 +188,7 @@ def same_as_causal(batch_size, qo_len, kv_len, heads, surface, page_size=1, **ho
         else:
             wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(None)
             wrapper.plan(indptr, indptr_of([kv_len] * batch_size), h, kh, d, **see, **how)
-            kv = (jnp.asarray(np.concatenate(x).astype(q.dtype)) for x in (paged.k, paged.v))
+            kv = (device_array(np.concatenate(x).astype(q.dtype)) for x in (paged.k, paged.v))
         results.append(wrapper.run_return_lse(q, *kv))
     for causal, masked in zip(*results, strict=True):
         np.testing.assert_allclose(

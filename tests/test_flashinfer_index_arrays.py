@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array
 
 import jaxattn as ja
 
@@ -29,7 +30,7 @@ NEXT = dict(
 
 
 def filled(shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), f32)
+    return device_array(np.random.default_rng(seed).standard_normal(shape), f32)
 
 
 CACHE = filled((NUM_PAGES, 2, PAGE_SIZE, 1, 16), 0)

@@ -9,11 +9,16 @@ from flashinfer_cases import (
     assert_dense,
     check_variant,
     indptr_of,
-    no_compilation,
     normal,
     table_of,
 )
-from helpers import make_paged, same_bits
+from helpers import (
+    device_array,
+    i32,
+    make_paged,
+    no_compilation,
+    same_bits,
+)
 from variants import Variant, masks_of, seen
 
 from jaxattn import flashinfer
@@ -46,7 +51,7 @@ def test_precedence():
     one, other = masks_of(Variant(mask="random"), [9, 9], [7, 7])
     single = flashinfer.single_prefill_with_kv_cache
     bools = single(q, k, v, custom_mask=one, causal=True)
-    bits = flashinfer.packbits(jnp.asarray(one.ravel()), "little")
+    bits = flashinfer.packbits(device_array(one.ravel()), "little")
     assert same_bits(
         single(q, k, v, packed_custom_mask=bits, custom_mask=other, causal=True), bools
     )
@@ -75,7 +80,7 @@ def test_other_masks_never_recompile():
         bits = np.append(bits, np.zeros(3, np.uint8))  # to spare, as those packed inside jit have
         k, v = (np.zeros((80, 2, 64), np.float16) for _ in range(2))
         k[: sum(kv_lens)], v[: sum(kv_lens)] = np.concatenate(paged.k), np.concatenate(paged.v)
-        k, v = jnp.asarray(k), jnp.asarray(v)
+        k, v = device_array(k), device_array(v)
         table, indptr = table_of(paged), indptr_of(qo_lens)
         with contextlib.nullcontext() if step == 0 else no_compilation():
             paged_wrapper.plan(indptr, *table, 4, 2, 64, page_size, custom_mask=bools)
@@ -91,7 +96,7 @@ def test_other_masks_never_recompile():
 def test_a_refilled_buffer_is_not_read_again():
     mask = np.ones(6, bool)
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(None)
-    wrapper.plan(jnp.asarray([0, 2], jnp.int32), [0, 3], 4, 2, 64, custom_mask=mask)
+    wrapper.plan(i32([0, 2]), [0, 3], 4, 2, 64, custom_mask=mask)
     mask[:] = False
     q, k, v = (jnp.ones((n, h, 64), jnp.float16) for n, h in ((2, 4), (3, 2), (3, 2)))
     np.testing.assert_array_equal(np.asarray(wrapper.run(q, k, v)), 1)
@@ -128,9 +133,9 @@ def test_packing(bitorder):
     indptr = indptr_of(lens)
     x = np.random.default_rng(0).random(indptr[-1]) < 0.5
     np.testing.assert_array_equal(
-        flashinfer.packbits(jnp.asarray(x), **bitorder), np.packbits(x, **bitorder)
+        flashinfer.packbits(device_array(x), **bitorder), np.packbits(x, **bitorder)
     )
-    bits, of = flashinfer.segment_packbits(jnp.asarray(x), jnp.asarray(indptr), **bitorder)
+    bits, of = flashinfer.segment_packbits(device_array(x), device_array(indptr), **bitorder)
     want = [np.packbits(part, **bitorder) for part in np.split(x, indptr[1:-1])]
     np.testing.assert_array_equal(of, indptr_of([len(part) for part in want]))
     np.testing.assert_array_equal(bits[: of[-1]], np.concatenate(want))

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flashinfer_cases import assert_dense, indptr_of, no_compilation, normal, table_of
-from helpers import make_paged, same_bits
+from flashinfer_cases import assert_dense, indptr_of, normal, table_of
+from helpers import (
+    device_array,
+    make_paged,
+    no_compilation,
+    same_bits,
+)
 from variants import Variant, spans_of
 
 from jaxattn import flashinfer
@@ -64,13 +69,13 @@ def test_other_ranges_are_another_plan():
     paged, qs, q, indptr, ranges = case(qo_lens, kv_lens)
     wrapper = wrapper_for()
     wrapper.plan(indptr, *table_of(paged), 4, 2, 64, 4)
-    first = jnp.asarray(ranges)
+    first = device_array(ranges)
     o = wrapper.run(q, paged.cache.data, first)
     plan = wrapper._planned.made[1]
     assert same_bits(wrapper.run(q, paged.cache.data, first), o)
     assert wrapper._planned.made[1] is plan
     none = np.full_like(ranges, -1)
-    result = wrapper.run_return_lse(q, paged.cache.data, jnp.asarray(none), 2)
+    result = wrapper.run_return_lse(q, paged.cache.data, device_array(none), 2)
     check(result, qs, paged, qo_lens, kv_lens, indptr, none, jnp.float32, 2)
     assert same_bits(wrapper.run(q, paged.cache.data, first), o)
 

@@ -4,8 +4,11 @@ import contextlib
 
 import jax.numpy as jnp
 import pytest
-from flashinfer_cases import assert_dense, check_variant, no_compilation, normal, table_of
-from helpers import make_paged
+from flashinfer_cases import assert_dense, check_variant, normal, table_of
+from helpers import (
+    make_paged,
+    no_compilation,
+)
 from variants import Variant, seen
 
 from jaxattn import flashinfer

@@ -14,11 +14,15 @@ from flashinfer_cases import (
     assert_dense,
     check_variant,
     indptr_of,
-    no_compilation,
     normal,
     table_of,
 )
-from helpers import make_paged, same_bits
+from helpers import (
+    device_array,
+    make_paged,
+    no_compilation,
+    same_bits,
+)
 from variants import Variant, masks_of, operands, seen
 
 from jaxattn import flashinfer
@@ -90,7 +94,7 @@ def test_other_lengths_never_recompile():
         None, max_batch_size=most, max_num_pages=64
     )
     how = dict(window_left=9, logits_soft_cap=3.0, pos_encoding_mode="ALIBI")
-    sinks = jnp.asarray(operands(variant, 4)[0])
+    sinks = device_array(operands(variant, 4)[0])
     for step, kv_lens in enumerate(([20, 0, 33, 1, 7], [1, 2, 3, 4, 5], [60, 1])):
         paged, q, q_array = decode_of(kv_lens, most)
 
@@ -112,7 +116,7 @@ def test_inside_jit():
     paged = make_paged(kv_lens, page_size=4, dtype=jnp.float32)
     q, q_array = normal((sum(qo_lens), 4, 64), jnp.float32)
     masks = masks_of(variant, qo_lens, kv_lens)
-    sinks = jnp.asarray(operands(variant, 4)[0])
+    sinks = device_array(operands(variant, 4)[0])
 
     @jax.jit
     def step(q, data, qo_indptr, table, mask, sinks):

@@ -12,6 +12,7 @@ PACKAGE = Path(jaxattn.__file__).parent
 
 FLOORS = [
     [
+        "as_program",
         "checks",
         "device",
         "kernels._float16",

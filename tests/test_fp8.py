@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_rivals, dense_batch, make_paged, rounded, same_bits, with_scales
+from helpers import (
+    assert_rivals,
+    dense_batch,
+    device_array,
+    i32s,
+    make_paged,
+    rounded,
+    same_bits,
+    with_scales,
+)
 from jax.sharding import PartitionSpec as P
 from rowwise import assert_no_copy, compile_in_place, make_append, two_devices
 from test_variants import LENS, QO_LENS, check, splits_of
@@ -20,7 +29,6 @@ from jaxattn.kv_scales import MIN_SCALE
 BACKENDS = ["interpret", "xla"]
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 f16, bf16, f32 = jnp.float16, jnp.bfloat16, jnp.float32
-i32 = lambda *x: jnp.asarray(x, jnp.int32)
 
 
 # Attention.
@@ -159,10 +167,10 @@ def wild(
     def run(q, cache, table):
         if op == "decode":
             return ja.paged_decode(q, cache, ja.plan_decode(table, **options), **how)
-        plan = ja.plan_prefill(i32(*indptr), table, num_qo_tokens=len(q), **options)
+        plan = ja.plan_prefill(i32s(*indptr), table, num_qo_tokens=len(q), **options)
         return ja.paged_prefill(q, cache, plan, **how)
 
-    o, lse = run(jnp.asarray(q).astype(dtype), paged.cache, paged.table)
+    o, lse = run(device_array(q, dtype), paged.cache, paged.table)
     parts = [q[a:b] for a, b in zip(indptr, indptr[1:], strict=False)]
     args = dict(sm_scale=d**-0.5, causal=True)
     truth, truth_lse = dense_batch(parts, paged.k, paged.v, dtype=np.float64, **args)
@@ -201,10 +209,10 @@ def far_apart(backend, op="decode"):
     pages[indices[np.arange(n) // 16], np.arange(n) % 16] = scale
     stored = make_paged([n], page_size=16, num_kv_heads=1, head_dim=d, dtype=E4M3)
     k, v = stored.k[0].astype(np.float64), stored.v[0] * scale[..., None].astype(np.float64)
-    scales = ja.KVScales(jnp.ones(pages.shape, f32), jnp.asarray(pages))
+    scales = ja.KVScales(jnp.ones(pages.shape, f32), device_array(pages))
     cache = dataclasses.replace(stored.cache, scales=scales)
     # Logits that undo the scales: every token counts.
-    bias = jnp.asarray([1.0], f32)
+    bias = device_array([1.0], f32)
     mod = lambda s, i, j, head, b: s * b - (j.astype(f32) / (n - 1) - 0.5) * 12 * np.log(10)
     q = np.random.default_rng(1).standard_normal((1, 1, d)).astype(np.float32)
     q = rounded(q, bf16)
@@ -218,12 +226,12 @@ def far_apart(backend, op="decode"):
         how = dict(score_mod=mod, score_mod_arrays=[bias], backend=backend, out_dtype=f32)
         return ja.paged_decode(q, cache, plan, sinks=sinks, **how)
 
-    for sinks in (None, jnp.asarray([sink], f32)):
+    for sinks in (None, device_array([sink], f32)):
         logits = x if sinks is None else np.append(x, sink)
         weights = np.exp(logits - logits.max())
         weights /= weights.sum()
         truth = (weights[:n, None] * v[:, 0]).sum(axis=0)
-        o = attend(jnp.asarray(q).astype(bf16), sinks)
+        o = attend(device_array(q, bf16), sinks)
         size = np.abs(weights[:n, None] * v[:, 0]).max()
         np.testing.assert_allclose(np.asarray(o[0, 0]), truth, atol=3e-3 * size)
 
@@ -240,7 +248,7 @@ def test_scales_far_apart_within_a_head_gpu():
 
 def many(tokens, table, backend, **how):
     """Attention of `tokens` queries of each request, all of which see all of its keys: q, cache to o float32."""
-    indptr = i32(*(tokens * np.arange(table.indptr.size)))
+    indptr = i32s(*(tokens * np.arange(table.indptr.size)))
 
     @functools.partial(jax.jit, static_argnames="sm_scale")
     def attend(q, cache, sm_scale):
@@ -262,9 +270,9 @@ def long_tail(backend, tokens=1):
     n, d = 1000, 64
     k, v = np.zeros((n, 1, d), np.float32), np.ones((n, 1, d), np.float32)
     k[0, 0, 0], v[0] = 17, 0
-    cache = ja.PagedKVCache(tuple(jnp.asarray(x)[None].astype(E4M3) for x in (k, v)))
+    cache = ja.PagedKVCache(tuple(device_array(x)[None].astype(E4M3) for x in (k, v)))
     q = jnp.zeros((tokens, 1, d), bf16).at[:, 0, 0].set(1)
-    table = ja.PageTable(i32(0, 1), i32(0), i32(n), n)
+    table = ja.PageTable(i32s(0, 1), i32s(0), i32s(n), n)
     run = many(tokens, table, backend, num_qo_heads=1, num_kv_heads=1, disable_split_kv=True)
     stored = float(np.asarray(cache.k[0, 0, 0, 0]).astype(np.float32))
     rest = (n - 1) * np.exp(-stored)
@@ -311,7 +319,7 @@ def extremes(backend, tokens=1):
     attend = many(tokens, paged.table, backend, num_qo_heads=4, num_kv_heads=1, num_sms=4)
 
     def run(q, cache=paged.cache, sm_scale=1.0):
-        return attend(jnp.asarray(q).astype(bf16), cache, sm_scale)
+        return attend(device_array(q, bf16), cache, sm_scale)
 
     o = run(q)
     # With a scale that makes logits of order 1 of each.
@@ -352,7 +360,7 @@ def scales_that_are_no_numbers(backend, dtype):
     """A scale that is NaN or infinite spoils the rows that see its token, and no other."""
     paged = with_scales(make_paged([50, 30], page_size=16, num_kv_heads=2, dtype=E4M3), "token")
     d = paged.cache.k.shape[-1]
-    q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, d)), dtype)
+    q = device_array(np.random.default_rng(0).standard_normal((2, 4, d)), dtype)
     plan = ja.plan_decode(paged.table, num_qo_heads=4, num_kv_heads=2, window_left=20, num_sms=4)
     # The second request's last token but one, which is seen, and its second, before the window; of the second head.
     first, second = (int(paged.table.indices[int(paged.table.indptr[1]) + i]) for i in (0, 1))
@@ -393,15 +401,15 @@ def test_every_fp8_number_is_itself_gpu(kv_dtype):
     """A value of each bit pattern, through both ways to float16: NaN is NaN, and all others are exact."""
     bits = np.arange(256, dtype=np.uint8)
     numbers = bits.view(jnp.dtype(kv_dtype)).astype(np.float32)
-    v = jnp.asarray(np.tile(bits.view(jnp.dtype(kv_dtype)), (1, 1, 1)).reshape(1, 1, 1, 256))
-    table = ja.PageTable(i32(0, 1), i32(0), i32(1), 1)
+    v = device_array(np.tile(bits.view(jnp.dtype(kv_dtype)), (1, 1, 1)).reshape(1, 1, 1, 256))
+    table = ja.PageTable(i32s(0, 1), i32s(0), i32s(1), 1)
     cache = ja.PagedKVCache((jnp.zeros_like(v), v))
     plan = ja.plan_decode(table, num_qo_heads=1, num_kv_heads=1)
     o = ja.paged_decode(jnp.ones((1, 1, 256), bf16), cache, plan, out_dtype=f32)
     np.testing.assert_allclose(np.asarray(o[0, 0]), numbers, rtol=1e-6)
     rows = 64
     plan = ja.plan_prefill(
-        i32(0, rows), table, num_qo_tokens=rows, num_qo_heads=1, num_kv_heads=1, causal=False
+        i32s(0, rows), table, num_qo_tokens=rows, num_qo_heads=1, num_kv_heads=1, causal=False
     )
     o = ja.paged_prefill(jnp.ones((rows, 1, 256), bf16), cache, plan, out_dtype=f32)
     np.testing.assert_allclose(np.asarray(o[-1, 0]), numbers, rtol=1e-6)
@@ -415,13 +423,13 @@ def test_contiguous_keys(layout, scales, backend):
     q = rounded(rng.standard_normal((20, 4, 64), np.float32), bf16)
     k, v = (rounded(rng.standard_normal((20, 2, 64), np.float32), E4M3) for _ in "kv")
     plan = ja.plan_ragged_prefill(
-        i32(0, 20), i32(0, 20), num_qo_tokens=20, num_qo_heads=4, num_kv_heads=2
+        i32s(0, 20), i32s(0, 20), num_qo_tokens=20, num_qo_heads=4, num_kv_heads=2
     )
-    stored = [jnp.asarray(x).astype(E4M3) for x in (k, v)]
+    stored = [device_array(x, E4M3) for x in (k, v)]
     if layout == "HND":
         stored = [x.swapaxes(0, 1) for x in stored]
     o = ja.ragged_prefill(
-        jnp.asarray(q).astype(bf16), *stored, plan, kv_layout=layout, kv_scales=scales,
+        device_array(q, bf16), *stored, plan, kv_layout=layout, kv_scales=scales,
         backend=backend,
     )  # fmt: skip
     if scales is not None:
@@ -441,7 +449,7 @@ def test_attention_makes_no_copy_of_the_cache_gpu(scales):
     pages = 4096
     given = scales if scales == "token" else ja.KVScales.of(1.0, 1.0)
     cache = ja.PagedKVCache.zeros(pages, 16, 8, 128, E4M3, scales=given)
-    table = ja.PageTable.from_block_table(jnp.zeros((4, 8), jnp.int32), i32(1, 2, 3, 100), 16)
+    table = ja.PageTable.from_block_table(jnp.zeros((4, 8), jnp.int32), i32s(1, 2, 3, 100), 16)
 
     def decode(q, cache, table):
         return ja.paged_decode(q, cache, ja.plan_decode(table, num_qo_heads=32, num_kv_heads=8))
@@ -462,10 +470,10 @@ def test_more_than_2_to_the_31_elements_gpu(size, combined, gpu_memory):
     )
     n = 100
     pages = num_pages - 1 - np.arange(7, dtype=np.int32)
-    table = ja.PageTable.from_block_table(jnp.asarray(pages)[None], i32(n), page_size)
+    table = ja.PageTable.from_block_table(device_array(pages)[None], i32s(n), page_size)
     rng = np.random.default_rng(0)
-    k, v = (jnp.asarray(rng.standard_normal((n, kh, d), np.float32)).astype(bf16) for _ in "kv")
-    q = jnp.asarray(rng.standard_normal((1, 16, d), np.float32)).astype(bf16)
+    k, v = (device_array(rng.standard_normal((n, kh, d), np.float32), bf16) for _ in "kv")
+    q = device_array(rng.standard_normal((1, 16, d), np.float32), bf16)
 
     def step(q, k, v, cache):
         at = jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)
@@ -475,7 +483,7 @@ def test_more_than_2_to_the_31_elements_gpu(size, combined, gpu_memory):
 
     o, _ = jax.jit(step, donate_argnums=3)(q, k, v, cache)
     few = ja.PagedKVCache.zeros(7, page_size, kh, d, E4M3, scales="token")
-    near = ja.PageTable.from_block_table(jnp.arange(7, dtype=jnp.int32)[None], i32(n), page_size)
+    near = ja.PageTable.from_block_table(jnp.arange(7, dtype=jnp.int32)[None], i32s(n), page_size)
     at = jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)
     few = ja.append_paged_kv_cache(k, v, *at, few, near, backend="xla")
     plan = ja.plan_decode(near, num_qo_heads=16, num_kv_heads=kh)
@@ -487,17 +495,17 @@ def heads_of_zeros(backend):
     """What a calibration by largest magnitudes gives for a head of zeros: a scale of 0."""
     scales = ja.KVScales(jnp.float32([0.5, 0.0]), jnp.float32([0.0, 0.25]))
     cache = ja.PagedKVCache.zeros(4, 16, 2, 64, E4M3, scales=scales)
-    table = ja.PageTable.from_block_table(jnp.int32([[2, 0]]), i32(20), 16)
+    table = ja.PageTable.from_block_table(jnp.int32([[2, 0]]), i32s(20), 16)
     rng = np.random.default_rng(0)
     k, v = (rng.standard_normal((20, 2, 64)).astype(np.float32) for _ in "kv")
     k[:, 1], v[:, 0] = 0, 0
     at = jnp.zeros(20, jnp.int32), jnp.arange(20, dtype=jnp.int32)
     cache = ja.append_paged_kv_cache(
-        jnp.asarray(k), jnp.asarray(v), *at, cache, table, backend=backend
+        device_array(k), device_array(v), *at, cache, table, backend=backend
     )
     assert not np.isnan(np.asarray(cache.k, np.float32)).any()
     plan = ja.plan_decode(table, num_qo_heads=4, num_kv_heads=2, num_sms=2)
-    q = jnp.asarray(rng.standard_normal((1, 4, 64))).astype(bf16)
+    q = device_array(rng.standard_normal((1, 4, 64)), bf16)
     o = np.asarray(ja.paged_decode(q, cache, plan, backend=backend, out_dtype=f32))
     np.testing.assert_array_equal(o[0, :2], 0)
     # Without keys all values weigh the same.
@@ -519,7 +527,7 @@ def test_what_the_lowering_would_count_wrong_is_an_error():
     """It has offsets of 32 bits up to 2^32 bytes, but signed ones: beyond 2^31 elements of 8 bits they are negative."""
     cache = jax.eval_shape(lambda: ja.PagedKVCache.zeros(2**17, 16, 8, 256, E5M2))
     table = jax.eval_shape(
-        lambda: ja.PageTable.from_block_table(jnp.zeros((1, 7), jnp.int32), i32(100), 16)
+        lambda: ja.PageTable.from_block_table(jnp.zeros((1, 7), jnp.int32), i32s(100), 16)
     )
 
     def step(q, cache, table):
@@ -553,7 +561,7 @@ def check_append(kind, dtype, layout, combined, token_dtype, backend, exact=True
     )  # fmt: skip
     rng = np.random.default_rng(0)
     key, value = (
-        x * jnp.asarray(10.0 ** rng.uniform(-4, 4, (x.shape[0], kh, 1)), f32).astype(token_dtype)
+        x * device_array(10.0 ** rng.uniform(-4, 4, (x.shape[0], kh, 1)), f32).astype(token_dtype)
         for x in (case.key, case.value)
     )
     # Zeros, NaN, infinity, what only saturates.
@@ -637,9 +645,9 @@ def check_rope_append(scales, backend, exact):
     }[scales]
     cache = dataclasses.replace(case.cache, scales=given)
     t = case.key.shape[0]
-    q = jnp.asarray(np.random.default_rng(5).standard_normal((t, h, d), np.float32))
+    q = device_array(np.random.default_rng(5).standard_normal((t, h, d), np.float32))
     angle = np.arange(64)[:, None] * 10.0 ** -np.linspace(0, 2, 24)[None, :]
-    rope = jnp.asarray(np.concatenate([np.cos(angle), np.sin(angle)], axis=1), f32)
+    rope = device_array(np.concatenate([np.cos(angle), np.sin(angle)], axis=1), f32)
     where = case.batch_indices, case.positions
     got_q, got = ja.rope_append_paged_kv_cache(
         (q, case.key, case.value), *where, rope, cache, case.table, backend=backend
@@ -737,7 +745,7 @@ def test_transforms(backend):
 def test_gradients_of_queries_are_the_references():
     paged = with_scales(make_paged([20], page_size=16, dtype=E4M3, head_dim=64), "token")
     plan = ja.plan_decode(paged.table, num_qo_heads=4, num_kv_heads=2)
-    q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 64), np.float32))
+    q = device_array(np.random.default_rng(0).standard_normal((1, 4, 64), np.float32))
 
     def loss(q, backend):
         return (ja.paged_decode(q, paged.cache, plan, backend=backend) ** 2).sum()
@@ -812,7 +820,7 @@ def zeros(**how):
             lambda: ja.ragged_prefill(
                 jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)),
                 ja.plan_ragged_prefill(
-                    i32(0, 1), i32(0, 1), num_qo_tokens=1, num_qo_heads=2, num_kv_heads=2
+                    i32s(0, 1), i32s(0, 1), num_qo_tokens=1, num_qo_heads=2, num_kv_heads=2
                 ),
                 kv_scales=ja.KVScales(jnp.ones((1, 2)), jnp.ones((1, 2))),
             ),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array, i32
 from tiny import CONFIG, random_params, random_prompts
 
 from examples import demo
@@ -36,7 +37,7 @@ def test_greedy_tokens_are_dense_attentions(greedy):
     assert list(map(len, greedy)) == LIMITS
     # If each token is dense attention's choice after those before it, its greedy tokens are these.
     for prompt, tokens in zip(PROMPTS, greedy, strict=True):
-        before = jnp.asarray(prompt + tokens[:-1], jnp.int32)
+        before = i32(prompt + tokens[:-1])
         logits = demo.dense_logits(PARAMS, CONFIG, before, jnp.float32)[len(prompt) - 1 :]
         assert np.argmax(logits, axis=-1).tolist() == tokens
 
@@ -126,7 +127,7 @@ def test_draws_follow_the_seed_alone():
 
 
 def test_sample():
-    logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.3, 0.1], [0.25, 0.2, 0.3, 0.25]], jnp.float32))
+    logits = jnp.log(device_array([[0.1, 0.5, 0.3, 0.1], [0.25, 0.2, 0.3, 0.25]], jnp.float32))
 
     def drawn(request, n=500, *, temperature, top_p=1.0):
         keys = jax.random.split(jax.random.key(0), n)
@@ -209,7 +210,7 @@ def test_logprobs_are_the_models(greedy):
     assert [len(own) for own in result.top_logprobs] == [LIMITS[0], 0, 1, LIMITS[3]]
     for request, n in ((0, 3), (2, 0), (3, 5)):
         prompt, tokens = PROMPTS[request], result.tokens[request]
-        before = jnp.asarray(prompt + tokens[:-1], jnp.int32)
+        before = i32(prompt + tokens[:-1])
         logits = demo.dense_logits(PARAMS, CONFIG, before, jnp.float32)[len(prompt) - 1 :]
         truth = np.asarray(logits, np.float64)
         truth -= np.log(np.exp(truth).sum(axis=1, keepdims=True))
@@ -404,7 +405,7 @@ def test_pages_are_permuted_and_nobodys_twice():
     [
         np.asarray([[5, 6, 7], [8, 9, 10]], np.int64),
         np.asarray([[5, 6, 7], [8, 9, 10]], np.uint8),
-        jnp.asarray([[5, 6, 7], [8, 9, 10]], jnp.int32),
+        i32([[5, 6, 7], [8, 9, 10]]),
         [np.asarray([5, 6, 7]), (8, 9, 10)],
         (range(5, 8), [np.int32(8), 9, 10]),
     ],

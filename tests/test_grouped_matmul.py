@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array, i32
 
 from jaxattn.grouped_matmul import Groups, grouped_matmul
 
@@ -18,7 +19,7 @@ def inputs(sizes, n, k, dtype, *, repeat=1, none=0, seed=0):
     group = rng.permutation(np.repeat(np.arange(e + 1), [*sizes, none]))
     x = rng.standard_normal((m // repeat, k)).astype(np.float32)
     weights = rng.standard_normal((e, n, k)).astype(np.float32) / np.sqrt(k)
-    x, weights = (np.array(jnp.asarray(a, dtype)) for a in (x, weights))
+    x, weights = (np.array(device_array(a, dtype)) for a in (x, weights))
     if repeat == 1:
         x[group == e] = np.nan
     weights[np.asarray(sizes) == 0] = np.nan
@@ -53,7 +54,7 @@ def test_groups(sizes, n, k, dtype, more, backend):
     x, weights, group, want = inputs(sizes, n, k, dtype, **more)
     if backend == "xla":
         weights[np.asarray(sizes) == 0] = 0  # XLA multiplies by them too
-    groups = Groups.of(jnp.asarray(group, jnp.int32), len(sizes))
+    groups = Groups.of(i32(group), len(sizes))
     out = grouped_matmul(x, weights, groups, backend=backend)
     assert out.dtype == jnp.float32 and out.shape == want.shape
     real = group < len(sizes)
@@ -67,7 +68,7 @@ def test_experts_of_gpt_oss(tokens):
     chosen = np.stack([rng.permutation(32)[:4] for _ in range(tokens)]).reshape(-1)
     x = jax.random.normal(jax.random.key(0), (tokens, 2880), jnp.bfloat16)
     weights = jax.random.normal(jax.random.key(1), (32, 2880, 2880), jnp.bfloat16) / 54
-    groups = Groups.of(jnp.asarray(chosen, jnp.int32), 32)
+    groups = Groups.of(i32(chosen), 32)
     ours = np.asarray(grouped_matmul(x, weights, groups, backend="triton"))
     for i in rng.choice(tokens * 4, min(tokens * 4, 16), replace=False):
         row, matrix = (np.asarray(a, np.float64) for a in (x[i // 4], weights[chosen[i]]))
@@ -77,7 +78,7 @@ def test_experts_of_gpt_oss(tokens):
 def test_gradient_is_the_references():
     x, weights, group, _ = inputs([2, 0, 4], 8, 16, jnp.float32, repeat=2)
     weights[1] = 0
-    groups = Groups.of(jnp.asarray(group, jnp.int32), 3)
+    groups = Groups.of(i32(group), 3)
 
     def loss(x, weights, backend):
         return jnp.sum(grouped_matmul(x, weights, groups, backend=backend) ** 3)

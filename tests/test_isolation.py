@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_lse, assert_rivals, dense_attention, dense_batch, same_bits
+from helpers import (
+    assert_lse,
+    assert_rivals,
+    dense_attention,
+    dense_batch,
+    device_array,
+    i32,
+    same_bits,
+)
 
 import jaxattn as ja
 
-i32 = lambda x: jnp.asarray(x, jnp.int32)
 BACKENDS = ["interpret", "xla", pytest.param(None, marks=pytest.mark.gpu, id="gpu")]
 SLOW_INTERPRETED = [pytest.param("interpret", marks=pytest.mark.slow), *BACKENDS[1:]]
 NUM_PAGES, PAGE, KH, D = 12, 4, 1, 64
@@ -19,7 +26,7 @@ NUM_PAGES, PAGE, KH, D = 12, 4, 1, 64
 def random_cache(num_pages=NUM_PAGES, page_size=PAGE, seed=0):
     rng = np.random.default_rng(seed)
     kv = rng.standard_normal((2, num_pages, page_size, KH, D), np.float32)
-    return kv, ja.PagedKVCache(tuple(jnp.asarray(x) for x in kv))
+    return kv, ja.PagedKVCache(tuple(device_array(x) for x in kv))
 
 
 def queries(n, seed=1):
@@ -29,7 +36,7 @@ def queries(n, seed=1):
 def attend(cache, table, q, qo_lens, backend, *, causal=True):
     """paged_decode where every request has one query, else paged_prefill: (o, lse)."""
     qo_indptr = None if qo_lens is None else i32(np.concatenate([[0], np.cumsum(qo_lens)]))
-    return _attend(jnp.asarray(q), cache, table, qo_indptr, backend=backend, causal=causal)
+    return _attend(device_array(q), cache, table, qo_indptr, backend=backend, causal=causal)
 
 
 @functools.partial(jax.jit, static_argnames=("backend", "causal"))
@@ -148,7 +155,7 @@ def test_one_request_s_nan_stays_its_own(backend, what, poison):
     rows, lengths = [[0, 1], [2, 3], [4, 5]], [7, 5, 8]
     table = ja.PageTable.from_block_table(i32(rows), i32(lengths), PAGE)
     kv[0 if what == "k" else 1, 2, 1] = poison  # request 1's second token
-    poisoned = ja.PagedKVCache(tuple(jnp.asarray(x) for x in kv))
+    poisoned = ja.PagedKVCache(tuple(device_array(x) for x in kv))
     for q, qo_lens, others in ((queries(3), None, [0, 2]), (queries(6), [2, 2, 2], [0, 1, 4, 5])):
         clean = attend(cache, table, q, qo_lens, backend)
         for a, b in zip(clean, attend(poisoned, table, q, qo_lens, backend), strict=True):
@@ -164,7 +171,7 @@ def test_one_request_s_nan_stays_its_own_in_contiguous_keys(backend):
         i32([0, 1, 2]), i32([0, 4, 10]), num_qo_tokens=2, num_qo_heads=1, num_kv_heads=1
     )
     q, k = jnp.ones((2, 1, 16)), jnp.ones((10, 1, 16))
-    o = ja.ragged_prefill(q, k, jnp.asarray(v), plan, backend=backend)
+    o = ja.ragged_prefill(q, k, device_array(v), plan, backend=backend)
     np.testing.assert_allclose(np.asarray(o[1]), 1.0, rtol=1e-6)
 
 
@@ -266,7 +273,7 @@ def test_a_derivative_of_a_derivative():
     plan = ja.plan_ragged_prefill(
         i32([0, 3]), i32([0, 3]), num_qo_tokens=3, num_qo_heads=1, num_kv_heads=1
     )
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 16), np.float32))
+    x = device_array(np.random.default_rng(0).standard_normal((3, 1, 16), np.float32))
 
     def loss(backend):
         return lambda x: (ja.ragged_prefill(x, x, x, plan, backend=backend) ** 2).sum()

@@ -4,12 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array, i32s
 
 import jaxattn as ja
-
-
-def i32(*values):
-    return jnp.asarray(values, jnp.int32)
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -36,7 +33,7 @@ def test_row_strides_find_every_vector(layout, combined):
         x.reshape(y.shape)
         for x, y in zip(np.split(numbers, len(cache.arrays)), cache.arrays, strict=True)
     ]
-    cache = ja.PagedKVCache(jnp.asarray(arrays[0]) if combined else tuple(arrays), layout)
+    cache = ja.PagedKVCache(device_array(arrays[0]) if combined else tuple(arrays), layout)
     rows = [np.asarray(x).reshape(-1, d) for x in cache.arrays]
     strides = cache.row_strides
     for page, slot, head in np.ndindex(n, p, heads):
@@ -127,8 +124,8 @@ def make_table(page_size):
     ends = np.cumsum(counts)
     pages = [order[end - count : end].tolist() for end, count in zip(ends, counts, strict=True)]
     last = [n - (c - 1) * page_size if c else 0 for n, c in zip(LENGTHS, counts, strict=True)]
-    indices = i32(*order, 999, -999)
-    return pages, ja.PageTable(i32(0, *ends), indices, i32(*last))
+    indices = i32s(*order, 999, -999)
+    return pages, ja.PageTable(i32s(0, *ends), indices, i32s(*last))
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 16])
@@ -147,9 +144,9 @@ def test_page_table(page_size):
 def test_block_table_round_trip(page_size):
     pages, _ = make_table(page_size)
     # What lies past a request's pages is ignored.
-    block_table = i32(*(own + [777] * (20 - len(own)) for own in pages))
+    block_table = i32s(*(own + [777] * (20 - len(own)) for own in pages))
     table = jax.jit(ja.PageTable.from_block_table, static_argnums=2)(
-        block_table, i32(*LENGTHS), page_size
+        block_table, i32s(*LENGTHS), page_size
     )
     table.check()
     assert table.kv_len(page_size).tolist() == LENGTHS
@@ -163,14 +160,14 @@ def test_block_table_cuts_long_rows():
 
 
 def test_seq_lens_of_no_pages_ignore_the_last_page():
-    assert ja.get_seq_lens(i32(0, 0, 2), i32(3, 3), 5).tolist() == [0, 8]
+    assert ja.get_seq_lens(i32s(0, 0, 2), i32s(3, 3), 5).tolist() == [0, 8]
 
 
 @pytest.mark.parametrize("nnz", [7, 10])
 def test_batch_indices_positions(nnz):
     """The appended tokens are the last ones of their requests; rows past them are padding."""
     batch, positions = jax.jit(ja.get_batch_indices_positions, static_argnums=2)(
-        i32(0, 2, 2, 3, 7), i32(5, 9, 1, 4), nnz
+        i32s(0, 2, 2, 3, 7), i32s(5, 9, 1, 4), nnz
     )
     assert batch.dtype == positions.dtype == jnp.int32
     assert batch.tolist() == [0, 0, 2, 3, 3, 3, 3] + [-1] * (nnz - 7)
@@ -179,7 +176,7 @@ def test_batch_indices_positions(nnz):
 
 def test_index_arithmetic_transforms():
     """Seq lens, then positions of one new token a request, a step a time."""
-    indptr, last = jnp.stack([i32(0, 2, 2), i32(0, 1, 4)]), jnp.stack([i32(3, 0), i32(1, 5)])
+    indptr, last = jnp.stack([i32s(0, 2, 2), i32s(0, 1, 4)]), jnp.stack([i32s(3, 0), i32s(1, 5)])
 
     def step(indptr, last):
         lens = ja.get_seq_lens(indptr, last, 5)
@@ -194,7 +191,7 @@ def test_index_arithmetic_transforms():
 
 
 def test_batch_indices_positions_of_nothing():
-    batch, positions = ja.get_batch_indices_positions(i32(0, 0, 0), i32(3, 0), 2)
+    batch, positions = ja.get_batch_indices_positions(i32s(0, 0, 0), i32s(3, 0), 2)
     assert batch.tolist() == [-1, -1]
     assert positions.tolist() == [0, 0]
 
@@ -205,43 +202,47 @@ def test_batch_indices_positions_of_nothing():
         (
             ValueError,
             "block_table must have",
-            lambda: ja.PageTable.from_block_table(i32(1), i32(1), 1),
+            lambda: ja.PageTable.from_block_table(i32s(1), i32s(1), 1),
         ),
         (
             ValueError,
             "kv_len must have shape",
-            lambda: ja.PageTable.from_block_table(i32([1], [2]), i32(1), 1),
+            lambda: ja.PageTable.from_block_table(i32s([1], [2]), i32s(1), 1),
         ),
         (
             ValueError,
             "page_size must be a positive",
-            lambda: ja.PageTable.from_block_table(i32([1]), i32(1), 0),
+            lambda: ja.PageTable.from_block_table(i32s([1]), i32s(1), 0),
         ),
         (
             ValueError,
             "max_pages must be a positive",
-            lambda: ja.PageTable(i32(0, 1), i32(0), i32(1)).to_block_table(0),
+            lambda: ja.PageTable(i32s(0, 1), i32s(0), i32s(1)).to_block_table(0),
         ),
-        (ValueError, "kv_indptr must have", lambda: ja.PageTable(i32(0), i32(0), i32(1)).check()),
+        (
+            ValueError,
+            "kv_indptr must have",
+            lambda: ja.PageTable(i32s(0), i32s(0), i32s(1)).check(),
+        ),
         (
             TypeError,
             "kv_indices must be int32",
-            lambda: ja.PageTable(i32(0, 1), jnp.zeros(1), i32(1)).check(),
+            lambda: ja.PageTable(i32s(0, 1), jnp.zeros(1), i32s(1)).check(),
         ),
         (
             ValueError,
             "page_size must be a positive",
-            lambda: ja.get_seq_lens(i32(0, 1), i32(1), -1),
+            lambda: ja.get_seq_lens(i32s(0, 1), i32s(1), -1),
         ),
         (
             ValueError,
             "append_indptr must have",
-            lambda: ja.get_batch_indices_positions(i32(0), i32(1), 3),
+            lambda: ja.get_batch_indices_positions(i32s(0), i32s(1), 3),
         ),
         (
             TypeError,
             "seq_lens must be int32",
-            lambda: ja.get_batch_indices_positions(i32(0, 1), jnp.ones(1), 3),
+            lambda: ja.get_batch_indices_positions(i32s(0, 1), jnp.ones(1), 3),
         ),
     ],
 )
@@ -257,7 +258,7 @@ def test_dense_caches_are_pages(page_size):
     cache = ja.PagedKVCache.from_dense(k, v, page_size)
     cache.check()
     assert cache.page_size == page_size
-    table = ja.PageTable.contiguous(i32(12, 0, 7), 12, page_size)
+    table = ja.PageTable.contiguous(i32s(12, 0, 7), 12, page_size)
     assert table.kv_len().tolist() == [12, 0, 7]
     assert table.page_size == page_size
     pages = np.asarray(table.to_block_table(12 // page_size))
@@ -276,7 +277,7 @@ def test_dense_caches_are_pages(page_size):
 
 
 def test_contiguous_rounds_up_to_pages():
-    table = ja.PageTable.contiguous(i32(5, 9), 9, 4)
+    table = ja.PageTable.contiguous(i32s(5, 9), 9, 4)
     assert table.to_block_table(3).tolist() == [[0, 1, -1], [3, 4, 5]]
 
 
@@ -301,7 +302,7 @@ def test_contiguous_rounds_up_to_pages():
             "arrays of their own",
             lambda: ja.PagedKVCache.zeros(4, 4, 2, 8, combined=True).to_dense(2),
         ),
-        (ValueError, "max_len", lambda: ja.PageTable.contiguous(i32(1), 0, 4)),
+        (ValueError, "max_len", lambda: ja.PageTable.contiguous(i32s(1), 0, 4)),
         (TypeError, "kv_len must be int32", lambda: ja.PageTable.contiguous(jnp.ones(2), 8, 4)),
         (
             ValueError,

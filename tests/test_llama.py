@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import i32
 from tiny import CONFIG, paged_logits, random_params, random_prompts
 
 import jaxattn as ja
@@ -40,7 +41,7 @@ def test_logits_are_dense_attentions(config, how):
     requests = random_prompts([1, 40, 16])
     logits = paged_logits(params, config, requests, **how)
     for ours, tokens in zip(logits, requests, strict=True):
-        truth = dense_logits(params, config, jnp.asarray(tokens, jnp.int32), jnp.float32)
+        truth = dense_logits(params, config, i32(tokens), jnp.float32)
         np.testing.assert_allclose(ours, truth, atol=1e-4, rtol=0)
 
 
@@ -50,8 +51,7 @@ def test_logits_in_float16():
     (tokens,) = requests = random_prompts([20])
     (ours,) = paged_logits(params, CONFIG, requests)
     truth, plain = (
-        dense_logits(params, CONFIG, jnp.asarray(tokens, jnp.int32), dtype)
-        for dtype in (jnp.float32, jnp.float16)
+        dense_logits(params, CONFIG, i32(tokens), dtype) for dtype in (jnp.float32, jnp.float16)
     )
     assert np.abs(ours - truth).max() <= 2 * np.abs(plain - truth).max()
 
@@ -99,7 +99,7 @@ def test_triton_bf16_logits_rival_the_plain_computation(how, group):
     exact = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
     truth = paged_logits(exact, config, requests, page_size=16, backend="xla", **how)
     for i, tokens in enumerate(requests):
-        plain = dense_logits(params, config, jnp.asarray(tokens, jnp.int32), jnp.bfloat16)
+        plain = dense_logits(params, config, i32(tokens), jnp.bfloat16)
         error, plain_error = np.abs(ours[i] - truth[i]).max(), np.abs(plain - truth[i]).max()
         assert error <= 2 * plain_error, f"{error=:.3g}, {plain_error=:.3g}"
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array
 from jax.sharding import PartitionSpec as P
 from rowwise import (
     F32_EPS,
@@ -36,7 +37,7 @@ def make_states(n, states, h, d, dtype, *, spread=5.0):
     v, s = normal((n, states, h, d), dtype), on_host(normal((n, states, h), seed=1, scale=spread))
     s = np.where(np.random.default_rng(2).random(s.shape) < 0.3, -np.inf, s)
     s[0] = -np.inf
-    return jnp.where(jnp.isneginf(s)[..., None], jnp.nan, v), jnp.asarray(s, f32)
+    return jnp.where(jnp.isneginf(s)[..., None], jnp.nan, v), device_array(s, f32)
 
 
 @functools.partial(jax.jit, static_argnames="lse_base")
@@ -140,8 +141,8 @@ def test_cascade(surface):
     """A prefix that requests share and their own tokens, apart and merged: as in one piece."""
     heads, page_size, prefix, own = (4, 2, 64), 4, 8, [5, 9, 1]
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.standard_normal((3, *heads[::2])), f32)
-    cache = jnp.asarray(rng.standard_normal((12, 2, page_size, *heads[1:])), f32)
+    q = device_array(rng.standard_normal((3, *heads[::2])), f32)
+    cache = device_array(rng.standard_normal((12, 2, page_size, *heads[1:])), f32)
     shared, pages = np.array([9, 4], np.int32), [[2, 0], [1, 3, 5], [7]]
 
     def table(pages, lengths):
@@ -156,7 +157,7 @@ def test_cascade(surface):
 
     def functions(qo_indptr, table):
         plan = ja.plan_prefill(
-            jnp.asarray(qo_indptr),
+            device_array(qo_indptr),
             ja.PageTable(*map(jnp.asarray, table)),
             page_size=page_size,
             num_qo_tokens=3,
@@ -218,9 +219,9 @@ def test_pieces_make_the_whole(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_scores(backend):
     """Weights that overflow or vanish unless the peak is taken off first."""
-    v = jnp.asarray([1.0, 2.0, 3.0])[None, :, None, None] * jnp.ones((1, 3, 1, 64))
+    v = device_array([1.0, 2.0, 3.0])[None, :, None, None] * jnp.ones((1, 3, 1, 64))
     for shift in (1e30, -1e30, 5000.0):
-        s = (jnp.asarray([0.0, 0.0, -200.0]) + jnp.float32(shift))[None, :, None]
+        s = (device_array([0.0, 0.0, -200.0]) + jnp.float32(shift))[None, :, None]
         merged, lse = merge_states(v, s, backend=backend)
         peaks = 2 if shift == 5000.0 else 3
         np.testing.assert_allclose(np.asarray(merged), 1.5 if peaks == 2 else 2.0, rtol=1e-6)

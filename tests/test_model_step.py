@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array, i32, i32s
 from jax.sharding import PartitionSpec as P
 from rowwise import assert_no_copy, compile_in_place, normal, on_host, same, two_devices
 
@@ -19,10 +20,6 @@ f32 = jnp.float32
 PAGE_SIZE, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 4, 4, 2, 32, 6
 SIZES = dict(page_size=PAGE_SIZE, num_qo_heads=HEADS, num_kv_heads=KV_HEADS)
 TABLE = ja.precompute_freqs_cis(HEAD_DIM, 64)
-
-
-def i32(*x):
-    return jnp.asarray(x, jnp.int32)
 
 
 def tokens(n, seed=0):
@@ -74,7 +71,7 @@ class Server:
             backend,
             jnp.zeros(b, jnp.int32),
             jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache),
-            jnp.asarray(pages.reshape(b, WIDTH), jnp.int32),
+            i32(pages.reshape(b, WIDTH)),
             [tokens(n, seed=seed + i) for i, n in enumerate(lengths)],
         )
 
@@ -89,7 +86,7 @@ class Server:
             done = int(self.kv_len[i])
             for x, own in zip(arrays, self.requests[i], strict=True):
                 x[i, begin : begin + count] = own[done : done + count]
-        args = [jnp.asarray(x) for x in (valid, *arrays)]
+        args = [device_array(x) for x in (valid, *arrays)]
         outs, self.cache, self.kv_len = program(
             *args, self.kv_len, self.block_table, self.cache, windows=windows, backend=self.backend
         )
@@ -141,9 +138,9 @@ def test_windows_share_a_step(backend):
 @pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_fields(backend):
     """A model's own rotary embedding reads positions; the next step begins with kv_len."""
-    valid = jnp.asarray([[0, 1, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1]], bool)
+    valid = device_array([[0, 1, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1]], bool)
     step = ja.begin_step(
-        valid, i32(5, 0, 7, 2), jnp.arange(24, dtype=jnp.int32).reshape(4, 6), **SIZES
+        valid, i32s(5, 0, 7, 2), jnp.arange(24, dtype=jnp.int32).reshape(4, 6), **SIZES
     )
     assert step.batch_indices.tolist() == [[-1, 0, 0], [1, 1, -1], [-1] * 3, [3, 3, 3]]
     assert step.positions.tolist() == [[0, 5, 6], [0, 1, 0], [0, 0, 0], [2, 3, 4]]
@@ -181,7 +178,7 @@ def test_plans_are_those_of_their_arguments(how):
     """Of a decode step, also after `with_window`, which keeps how keys are split."""
     step = ja.begin_step(
         jnp.ones((2, 1), bool),
-        i32(40, 7),
+        i32s(40, 7),
         jnp.arange(24, dtype=jnp.int32).reshape(2, 12),
         window_left=9,
         **SIZES,
@@ -198,7 +195,7 @@ def test_plans_are_those_of_their_arguments(how):
 @pytest.mark.parametrize("backend", SLOW_INTERPRETED)
 def test_norms_caps_and_sinks_reach_the_ops(backend):
     q, k, v = (x[None] for x in tokens(7))
-    step = ja.begin_step(jnp.ones((1, 7), bool), i32(0), i32(3, 1)[None], **SIZES)
+    step = ja.begin_step(jnp.ones((1, 7), bool), i32s(0), i32s(3, 1)[None], **SIZES)
     cache = ja.PagedKVCache.zeros(4, PAGE_SIZE, KV_HEADS, HEAD_DIM, f32)
     weights = [normal((HEAD_DIM,), seed=i) for i in (7, 8)]
     o, _ = attend(
@@ -243,7 +240,7 @@ def test_every_form_of_a_cache(t, backend):
     )
     step = ja.begin_step(
         jnp.ones((3, t), bool),
-        i32(0, 2, 11),
+        i32s(0, 2, 11),
         jnp.arange(12, dtype=jnp.int32).reshape(3, 4),
         **SIZES,
     )
@@ -288,7 +285,7 @@ def test_programs(backend):
         return x, step.kv_len, caches
 
     def loop(q, k, v):
-        start = jnp.zeros((b, 1, HEADS, HEAD_DIM)), i32(0, 0), pages
+        start = jnp.zeros((b, 1, HEADS, HEAD_DIM)), i32s(0, 0), pages
         return jax.lax.while_loop(
             lambda s: jnp.any(s[1] < 7), lambda s: one_step(s, q, k, v), start
         )
@@ -299,7 +296,7 @@ def test_programs(backend):
     assert kv_len.tolist() == [[7, 7]] * 2
     one = jax.jit(one_step)
     for i in range(2):
-        state = jnp.zeros((b, 1, HEADS, HEAD_DIM)), i32(0, 0), pages
+        state = jnp.zeros((b, 1, HEADS, HEAD_DIM)), i32s(0, 0), pages
         for _ in range(7):
             state = one(state, *(m[i] for m in models))
         np.testing.assert_allclose(on_host(x[i]), on_host(state[0]), atol=1e-4)
@@ -313,7 +310,7 @@ def test_vmap_of_prefill(backend):
     arrays = [
         normal((2, 2, 5, h, HEAD_DIM), seed=i) for i, h in enumerate((HEADS, KV_HEADS, KV_HEADS))
     ]
-    valid = jnp.asarray([[[0, 1, 1, 1, 1], [1] * 5], [[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]], bool)
+    valid = device_array([[[0, 1, 1, 1, 1], [1] * 5], [[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]], bool)
     pages = ja.PagedKVCache.zeros(12, PAGE_SIZE, KV_HEADS, HEAD_DIM, f32)
     block_table = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
 
@@ -321,7 +318,7 @@ def test_vmap_of_prefill(backend):
         step = ja.begin_step(valid, kv_len, block_table, **SIZES).with_window(4)
         return *ja.attend(q, k, v, pages, step, rope=TABLE, backend=backend), step.kv_len
 
-    args = (valid, i32(0, 7, 3, 0).reshape(2, 2), *arrays)
+    args = (valid, i32s(0, 7, 3, 0).reshape(2, 2), *arrays)
     got, op = jax.jit(jax.vmap(op))(*args), jax.jit(op)
     for i in range(2):
         want = op(*(x[i] for x in args))
@@ -348,7 +345,7 @@ def test_layers_that_each_begin_the_step_share_it(t):
             return q
 
         valid = jnp.ones((2, t), bool)
-        compiled = jax.jit(model).lower(*arrays, i32(3, 9), valid, caches).compile()
+        compiled = jax.jit(model).lower(*arrays, i32s(3, 9), valid, caches).compile()
         return compiled.as_text().count(" = ")
 
     assert instructions(each=True) == instructions(each=False)
@@ -373,7 +370,7 @@ def test_a_donated_cache_is_written_in_place(t, by_batch):
         )
         return ja.attend(q, k, v, cache, step, rope=table)
 
-    compiled = compile_in_place(run, (0,), cache, q, k, v, i32(0, 5, 100, 900))
+    compiled = compile_in_place(run, (0,), cache, q, k, v, i32s(0, 5, 100, 900))
     if jax.default_backend() == "gpu":
         assert_no_copy(compiled)
 
@@ -389,8 +386,8 @@ def test_heads_of_two_devices():
     def run(devices, q, k, v, cache):
         step = ja.begin_step(
             jnp.ones((2, 3), bool),
-            i32(1, 4),
-            i32(0, 1, 2, 3).reshape(2, 2),
+            i32s(1, 4),
+            i32s(0, 1, 2, 3).reshape(2, 2),
             page_size=PAGE_SIZE,
             num_qo_heads=HEADS // devices,
             num_kv_heads=KV_HEADS // devices,
@@ -408,8 +405,8 @@ def test_heads_of_two_devices():
 
 def make_step(valid=None, kv_len=None, block_table=None, **sizes):
     valid = jnp.ones((2, 3), bool) if valid is None else valid
-    kv_len = i32(1, 4) if kv_len is None else kv_len
-    block_table = i32(0, 1, 2, 3).reshape(2, 2) if block_table is None else block_table
+    kv_len = i32s(1, 4) if kv_len is None else kv_len
+    block_table = i32s(0, 1, 2, 3).reshape(2, 2) if block_table is None else block_table
     return ja.begin_step(valid, kv_len, block_table, **(SIZES | sizes))
 
 
@@ -425,14 +422,14 @@ def make_step(valid=None, kv_len=None, block_table=None, **sizes):
             dict(valid=np.array([[0, 1, 1], [1, 0, 1]], bool)),
         ),
         (TypeError, "kv_len must be int32", dict(kv_len=jnp.ones(2))),
-        (ValueError, "kv_len must have shape", dict(kv_len=i32(1))),
+        (ValueError, "kv_len must have shape", dict(kv_len=i32s(1))),
         (ValueError, r"kv_len must be in \[0, 8\]", dict(kv_len=np.array([1, 9], np.int32))),
         (
             ValueError,
             r"\(kv_len \+ valid.sum\(axis=1\)\)\[1\]=9",
             dict(valid=np.ones((2, 3), bool), kv_len=np.array([5, 6], np.int32)),
         ),
-        (ValueError, "block_table must have shape", dict(block_table=i32(1, 2))),
+        (ValueError, "block_table must have shape", dict(block_table=i32s(1, 2))),
         (TypeError, "block_table must be int32", dict(block_table=jnp.ones((2, 2)))),
         (
             ValueError,
@@ -465,7 +462,7 @@ def test_errors_of_begin_step(error, message, change):
             dict(rope_positions=jnp.zeros((2, 3), jnp.int32)),
         ),
         (ValueError, "q_norm_weight has no effect without rope", dict(q_norm_weight=jnp.ones(32))),
-        (ValueError, "rope_positions must have shape", dict(rope=TABLE, rope_positions=i32(1, 2))),
+        (ValueError, "rope_positions must have shape", dict(rope=TABLE, rope_positions=i32s(1, 2))),
         (TypeError, "same dtype", dict(q=jnp.zeros((2, 3, 4, 32), jnp.bfloat16))),
     ],
 )

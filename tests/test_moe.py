@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_rivals
+from helpers import assert_rivals, device_array
 
 from jaxattn.models.linear import Linear
 from jaxattn.models.moe import ClampedSwiglu, ExpertWeights, MixtureOfExperts
@@ -20,7 +20,7 @@ def weights_of(moe, biases, dtype=jnp.float32, hidden=HIDDEN):
     def linear(*shape):
         weight = rng.standard_normal(shape) / np.sqrt(shape[-1])
         bias = rng.standard_normal(shape[:-1]) if biases else None
-        return Linear(*(None if a is None else jnp.asarray(a, dtype) for a in (weight, bias)))
+        return Linear(*(None if a is None else device_array(a, dtype) for a in (weight, bias)))
 
     e, i = moe.num_experts, moe.intermediate_size
     return ExpertWeights(linear(e, hidden), linear(e, 2 * i, hidden), linear(e, hidden, i))
@@ -78,7 +78,7 @@ def test_as_token_by_token(name, backend):
     moe, scale_of, biases = CASES[name]
     weights = weights_of(moe, biases)
     for t in (1, 37) if backend == "xla" else (9,):
-        x = jnp.asarray(np.random.default_rng(t).standard_normal((t, HIDDEN)), jnp.float32)
+        x = device_array(np.random.default_rng(t).standard_normal((t, HIDDEN)), jnp.float32)
         ours = run(moe, x, weights, jnp.ones(t, bool), backend)
         assert ours.dtype == x.dtype
         np.testing.assert_allclose(ours, token_by_token(moe, x, weights, scale_of), atol=2e-5)
@@ -89,9 +89,9 @@ def test_rows_that_are_no_token_change_nothing(backend):
     """They are NaN, and so are the experts that only they could want."""
     moe, _, _ = CASES["qwen3"]
     weights = weights_of(moe, True)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((4, HIDDEN)), jnp.float32)
+    x = device_array(np.random.default_rng(1).standard_normal((4, HIDDEN)), jnp.float32)
     want = run(moe, x, weights, jnp.ones(4, bool), "xla")
-    is_token = jnp.asarray([False, True, True, False, True, False, True])
+    is_token = device_array([False, True, True, False, True, False, True])
     padded = jnp.full((7, HIDDEN), jnp.nan).at[jnp.flatnonzero(is_token)].set(x)
     if backend == "interpret":
         unused = np.setdiff1d(np.arange(16), moe.route(x, weights.router).experts)
@@ -128,8 +128,8 @@ def test_triton_bf16_rivals_xlas(t):
     rng = np.random.default_rng(t)
     moe = MixtureOfExperts(32, 4, 384, activation=ClampedSwiglu())
     weights = weights_of(moe, True, jnp.bfloat16, hidden=512)
-    x = jnp.asarray(rng.standard_normal((t, 512)), jnp.bfloat16)
-    is_token = jnp.asarray(rng.random(t) < 0.9).at[0].set(True)
+    x = device_array(rng.standard_normal((t, 512)), jnp.bfloat16)
+    is_token = device_array(rng.random(t) < 0.9).at[0].set(True)
     ours, plain = (run(moe, x, weights, is_token, backend) for backend in ("triton", "xla"))
     exact = jax.tree.map(lambda a: a.astype(jnp.float32), (x, weights))
     truth = run(moe, *exact, is_token, "xla")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_paged, with_scales
+from helpers import device_array, make_paged, with_scales
 from test_mosaic import (
     E4M3,
     E5M2,
@@ -283,6 +283,6 @@ def test_pages_behind_a_window_may_be_others_in_line_gpu(in_line):
         )
         return ja.paged_prefill(q, paged.cache, plan, backend=backend).astype(jnp.float32)
 
-    q = jnp.asarray(q, jnp.bfloat16)
+    q = device_array(q, jnp.bfloat16)
     o, want = attend(q, i32(indices), "mosaic"), attend(q, table.indices, "xla")
     np.testing.assert_allclose(o, want, atol=0.02, rtol=0.02)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import i32
 
 import jaxattn as ja
 from jaxattn import dense
@@ -25,10 +26,10 @@ plan_prefill = jax.jit(
 
 def table_of(kv_lens, page_size):
     counts = [-(-n // page_size) for n in kv_lens]
-    indptr = jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32)
+    indptr = i32(np.concatenate([[0], np.cumsum(counts)]))
     last = [n - (c - 1) * page_size if c else 0 for n, c in zip(kv_lens, counts, strict=True)]
     indices = jnp.zeros(max(sum(counts), 1), jnp.int32)
-    return ja.PageTable(indptr, indices, jnp.asarray(last, jnp.int32))
+    return ja.PageTable(indptr, indices, i32(last))
 
 
 def items_of(plan):
@@ -120,7 +121,7 @@ def test_what_is_never_split_has_no_slots(tall, blocks):
     for keys, splits in ((blocks * KV_BLOCK, 1), (blocks * KV_BLOCK + 1, 2)):
         table = table_of([keys], 1)
         if tall:
-            q = dict(qo_indptr=jnp.asarray([0, 128], jnp.int32), num_qo_tokens=128)
+            q = dict(qo_indptr=i32([0, 128]), num_qo_tokens=128)
             plan = plan_prefill(page_table=table, causal=False, **q, **how)
         else:
             plan = plan_decode(table, **how)
@@ -149,9 +150,9 @@ def one_kernels_plan_is_xlas(kernel, lengths, group, window_left, splits):
     """To the integer, of the lengths as they come and of nonsense in them."""
     b = len(lengths)
     rng = np.random.default_rng(b)
-    start = jnp.asarray(rng.integers(0, 1000, b), jnp.int32)
-    kv_len = jnp.asarray(lengths, jnp.int32)
-    kv_end = jnp.maximum(kv_len - jnp.asarray(rng.integers(0, 2, b) * 40, jnp.int32), 0)
+    start = i32(rng.integers(0, 1000, b))
+    kv_len = i32(lengths)
+    kv_end = jnp.maximum(kv_len - i32(rng.integers(0, 2, b) * 40), 0)
     keys = Keys(jnp.zeros(max(sum(lengths) // 16, 1) + b, jnp.int32), start, kv_len, kv_end, 16)
     spec = AttentionSpec(2 * group, 2, Visible.of(False, window_left))
 
@@ -215,7 +216,7 @@ def test_fixed_splits(page_size, pages, heads, kv_heads):
 def test_fixed_splits_of_prefill():
     qo_lens, kv_lens = [40, 1, 200], [300, 64, 210]
     plan = plan_prefill(
-        jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32),
+        i32(np.concatenate([[0], np.cumsum(qo_lens)])),
         table_of(kv_lens, 16),
         page_size=16,
         num_qo_tokens=sum(qo_lens),
@@ -258,7 +259,7 @@ def test_prefill_plan(lengths, heads):
     heads, kv_heads = [(32, 8), (8, 8), (21, 3)][heads]
     group, padding = heads // kv_heads, 5
     plan = plan_prefill(
-        jnp.asarray(np.concatenate([[0], np.cumsum(qo_lens)]), jnp.int32),
+        i32(np.concatenate([[0], np.cumsum(qo_lens)])),
         table_of(kv_lens, 16),
         page_size=16,
         num_qo_tokens=sum(qo_lens) + padding,
@@ -278,7 +279,7 @@ def test_prefill_plan(lengths, heads):
 def test_tall_tiles_share_out_several_blocks_and_come_last_first():
     """A prompt of 512: its splits are not worth their merging; its last rows, which see the most, are begun first."""
     plan = plan_prefill(
-        jnp.asarray([0, 512], jnp.int32),
+        i32([0, 512]),
         table_of([512], 16),
         page_size=16,
         num_qo_tokens=512,
@@ -334,8 +335,8 @@ def test_more_tiles_than_are_summed_in_pairs():
 def test_ragged_plan():
     qo, kv = [3, 0, 40], [5, 9, 30]
     plan = ja.plan_ragged_prefill(
-        jnp.asarray([0, 3, 3, 43], jnp.int32),
-        jnp.asarray([0, 5, 14, 44], jnp.int32),
+        i32([0, 3, 3, 43]),
+        i32([0, 5, 14, 44]),
         num_qo_tokens=43,
         num_qo_heads=4,
         num_kv_heads=2,
@@ -351,7 +352,7 @@ def test_other_lengths_reuse_the_compiled_plan():
     )
     block_table = jnp.arange(64, dtype=jnp.int32).reshape(4, 16)
     for lengths in ([0, 0, 0, 0], [1, 256, 16, 17], [256] * 4):
-        make(ja.PageTable.from_block_table(block_table, jnp.asarray(lengths, jnp.int32), 16))
+        make(ja.PageTable.from_block_table(block_table, i32(lengths), 16))
     assert make._cache_size() == 1
 
 
@@ -383,9 +384,7 @@ def test_random_lengths_stay_within_capacities():
         elif trial % 4 == 3:
             lengths = np.full(batch, lengths[0])
         lengths = np.clip(lengths, 0, width * page_size)
-        table = ja.PageTable.from_block_table(
-            block_table, jnp.asarray(lengths, jnp.int32), page_size
-        )
+        table = ja.PageTable.from_block_table(block_table, i32(lengths), page_size)
         check_coverage(make(table), np.repeat(lengths, 2))
     assert make._cache_size() == 1
 
@@ -396,7 +395,7 @@ def test_random_lengths_stay_within_capacities():
         (dict(num_qo_heads=6, num_kv_heads=4), ValueError, "multiple of num_kv_heads"),
         (dict(num_kv_heads=0), ValueError, "num_kv_heads must be a positive integer; got 0"),
         (dict(page_size=0), ValueError, "page_size must be a positive integer"),
-        (dict(num_qo_tokens=-1), ValueError, "num_qo_tokens must be a positive integer"),
+        (dict(num_qo_tokens=-1), ValueError, "num_qo_tokens must be an integer of at least 0"),
         (dict(qo_indptr=jnp.zeros(2, jnp.int32)), ValueError, r"qo_indptr must have shape \[3\]"),
         (dict(qo_indptr=jnp.zeros(3)), TypeError, r"qo_indptr must be int32; got float32"),
         (dict(fixed_split_size=0), ValueError, "fixed_split_size must be a positive integer"),
@@ -405,7 +404,7 @@ def test_random_lengths_stay_within_capacities():
 )
 def test_plan_errors(change, error, message):
     args = dict(page_size=16, num_qo_heads=4, num_kv_heads=2, num_qo_tokens=4)
-    args |= dict(qo_indptr=jnp.asarray([0, 1, 4], jnp.int32), page_table=table_of([4, 4], 16))
+    args |= dict(qo_indptr=i32([0, 1, 4]), page_table=table_of([4, 4], 16))
     with pytest.raises(error, match=message):
         ja.plan_prefill(**(args | change))
 
@@ -417,11 +416,11 @@ def test_plan_errors(change, error, message):
         (dict(kv_indptr=jnp.zeros(3)), TypeError, "kv_indptr must be int32; got float32"),
         (dict(qo_indptr=jnp.zeros(2, jnp.int32)), ValueError, r"qo_indptr must have shape \[3\]"),
         (dict(num_qo_heads=3), ValueError, "multiple of num_kv_heads"),
-        (dict(num_qo_tokens=-1), ValueError, "num_qo_tokens must be a positive integer"),
+        (dict(num_qo_tokens=-1), ValueError, "num_qo_tokens must be an integer of at least 0"),
     ],
 )
 def test_ragged_plan_errors(change, error, message):
-    indptr = jnp.asarray([0, 1, 4], jnp.int32)
+    indptr = i32([0, 1, 4])
     args = dict(qo_indptr=indptr, kv_indptr=indptr, num_qo_tokens=4, num_qo_heads=4, num_kv_heads=2)
     with pytest.raises(error, match=message):
         ja.plan_ragged_prefill(**(args | change))
@@ -454,7 +453,7 @@ def test_page_table_errors(table, error, message):
 
 def test_more_keys_than_an_int32_counts():
     """Two million causal tokens: the blocks of all tiles together exceed an int32; slots stay within bounds."""
-    n = jnp.asarray([0, 2**21], jnp.int32)
+    n = i32([0, 2**21])
     how = dict(num_qo_tokens=2**21, num_qo_heads=64, num_kv_heads=4, num_sms=NUM_SMS)
     plan = jax.jit(lambda n: ja.plan_ragged_prefill(n, n, **how))(n)
     items = WorkItem(*np.asarray(plan.items).T)
@@ -463,9 +462,7 @@ def test_more_keys_than_an_int32_counts():
 
 
 def test_slots_stay_within_bounds_where_an_indptr_decreases():
-    table = ja.PageTable(
-        *(jnp.asarray(x, jnp.int32) for x in ([0, 10, 2, 10], range(10), [16, 0, 16])), 16
-    )
+    table = ja.PageTable(*(i32(x) for x in ([0, 10, 2, 10], range(10), [16, 0, 16])), 16)
     plan = ja.plan_decode(
         table, num_qo_heads=71, num_kv_heads=1, fixed_split_size=1, num_sms=NUM_SMS
     )
@@ -476,12 +473,12 @@ def test_slots_stay_within_bounds_where_an_indptr_decreases():
 
 def test_windows_and_spans_of_the_largest_int32():
     table = table_of([8], 4)
-    n = jnp.asarray([0, 12], jnp.int32)
+    n = i32([0, 12])
     how = dict(page_size=4, num_qo_tokens=12, num_qo_heads=1, num_kv_heads=1, num_sms=1)
     for window in (2**31 - 1, 2**31, 2**40):
         plan = ja.plan_prefill(n, table, window_left=window, **how)
         assert (items_of(plan)[0].kv_begin, items_of(plan)[0].kv_end) == (0, 8)
-    spans = jnp.tile(jnp.asarray([[0, 2**31 - 1]], jnp.int32), (8, 1))
+    spans = jnp.tile(i32([[0, 2**31 - 1]]), (8, 1))
     n, how = n.at[1].set(8), how | dict(num_qo_tokens=8)
     plan = ja.plan_prefill(n, table, bidirectional_spans=spans, **how)
     np.testing.assert_array_equal(plan.limits, np.tile([[0, 8]], (8, 1)))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_paged
+from helpers import i32, make_paged
 from rowwise import normal, on_host, same
 
 import jaxattn as ja
@@ -18,10 +18,6 @@ f32 = jnp.float32
 # A prompt, a chunk of one, a draft, a decode row, a request without tokens, one with keys and no queries.
 QO_LENS, KV_LENS = (20, 16, 4, 1, 0, 0), (20, 53, 30, 70, 0, 9)
 HEADS, PAGE_SIZE = 4, 5
-
-
-def i32(x):
-    return jnp.asarray(x, jnp.int32)
 
 
 def arguments(padding=3, **how):

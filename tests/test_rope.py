@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array, i32
 from jax.sharding import PartitionSpec as P
 from rowwise import (
     assert_no_copy,
@@ -30,7 +31,7 @@ def check_rope(t, heads, kv_heads, d, rotary_dim, dtype, is_neox, flat, in_place
     q, k = normal((t, heads, d), dtype, scale=30.0), normal((t, kv_heads, d), dtype, seed=1)
     positions = np.random.default_rng(2).integers(0, 4096, t, np.int32)
     positions[:3] = -1, 4096, 4095
-    positions = jnp.asarray(positions)
+    positions = device_array(positions)
     table = ja.precompute_freqs_cis(d, 4096, rotary_dim=rotary_dim)
     truth_of = jax.jit(functools.partial(reference.rope, interleave=not is_neox))
     truth = truth_of(q.astype(f32), k.astype(f32), positions, table)
@@ -180,8 +181,8 @@ LLAMA31 = dict(rope_scale=8, low_freq_factor=1, high_freq_factor=4, old_context_
 def test_on_the_fly_is_the_table(ragged, by_position, theta, scaling, backend, interleave):
     """FlashInfer's defaults, and rows past the last request, which are copied."""
     q, k = normal((9, 3, 64)), normal((9, 2, 64), seed=1)
-    indptr, offsets = jnp.asarray([0, 2, 2, 6], jnp.int32), jnp.asarray([30, 5, 0], jnp.int32)
-    positions = jnp.asarray([30, 31, 0, 1, 2, 3, 0, 0, 0], jnp.int32)
+    indptr, offsets = i32([0, 2, 2, 6]), i32([30, 5, 0])
+    positions = i32([30, 31, 0, 1, 2, 3, 0, 0, 0])
     how = dict(rotary_dim=48, interleave=interleave, backend=backend)
     table = ja.precompute_freqs_cis(64, 32, theta, rotary_dim=48, **scaling)
     want = ja.apply_rope_with_cos_sin_cache(
@@ -208,7 +209,7 @@ def test_on_the_fly_is_the_table(ragged, by_position, theta, scaling, backend, i
 )
 def test_inplace_twins(op, twin, where):
     q, k = normal((4, 2, 32)), normal((4, 1, 32), seed=1)
-    where = [jnp.asarray(x, jnp.int32) for x in where]
+    where = [i32(x) for x in where]
     assert twin.__name__ == f"{op.__name__}_inplace"
     assert same(twin(q, k, *where), op(q, k, *where))
     compile_in_place(twin, (0, 1), q, k, *where)
@@ -230,8 +231,8 @@ def test_scores_depend_on_distance_alone():
     q, k = normal((1, 1, 64)), normal((1, 1, 64), seed=1)
 
     def score(i, j):
-        rotated_q, _ = ja.apply_rope_pos_ids(q, k, jnp.asarray([i], jnp.int32))
-        _, rotated_k = ja.apply_rope_pos_ids(q, k, jnp.asarray([j], jnp.int32))
+        rotated_q, _ = ja.apply_rope_pos_ids(q, k, i32([i]))
+        _, rotated_k = ja.apply_rope_pos_ids(q, k, i32([j]))
         return float(jnp.vdot(rotated_q, rotated_k))
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-3)
@@ -243,7 +244,7 @@ def test_transforms(backend):
     positions = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
     table = ja.precompute_freqs_cis(32, 16)
 
-    indptr, offsets = jnp.asarray([0, 2, 3], jnp.int32), jnp.asarray([5, 1], jnp.int32)
+    indptr, offsets = i32([0, 2, 3]), i32([5, 1])
 
     @jax.jit
     def rope(positions, q, k):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array, i32
 from jax.sharding import PartitionSpec as P
 from rowwise import (
     Append,
@@ -109,7 +110,7 @@ def check(case, backend):
     k_pages, v_pages = by_loop(dataclasses.replace(new, key=want_k))
     assert_rounded_once(q, want_q, case.query.dtype)
     assert_rounded_once(cache.k, k_pages, new.cache.dtype)
-    assert same(cache.v, jnp.asarray(v_pages).astype(cache.dtype))
+    assert same(cache.v, device_array(v_pages, cache.dtype))
     written = np.isfinite(v_pages)
     assert written.any()
     assert not written.all()
@@ -206,8 +207,8 @@ def test_a_row_of_the_table_a_token(backend):
 def test_tokens_without_a_place_are_dropped(backend):
     case = make_case(kv_lens=(8, 4), new=(8, 4), padding=0)
     new = case.append
-    batch = jnp.asarray([-1, 2, 100, 0, 0, 0, 1, 1, 0, 0, 1, 0], jnp.int32)
-    positions = jnp.asarray([0, 0, 0, -1, -5, 10, 5, 2**30, 3, 9, 4, 2], jnp.int32)
+    batch = i32([-1, 2, 100, 0, 0, 0, 1, 1, 0, 0, 1, 0])
+    positions = i32([0, 0, 0, -1, -5, 10, 5, 2**30, 3, 9, 4, 2])
     # Request 0's second page does not exist; what is left are two tokens each.
     for no_page in (-1, new.cache.num_pages):
         table = dataclasses.replace(new.table, indices=new.table.indices.at[1].set(no_page))
@@ -269,7 +270,7 @@ def test_transforms(combined, backend):
     assert same(scanned, want)
     if jax.device_count() > 1:
         # Each device's columns are its own heads of q, of k and of v.
-        by_device = qkv.reshape(-1, 8, 32)[:, jnp.asarray([0, 1, 4, 6, 2, 3, 5, 7]), :]
+        by_device = qkv.reshape(-1, 8, 32)[:, device_array([0, 1, 4, 6, 2, 3, 5, 7]), :]
         pages = P(*[None] * (3 if combined else 2), "x")
         sharded = jax.shard_map(
             op,

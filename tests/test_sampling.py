@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from helpers import device_array, i32
 
 import jaxattn as ja
 from jaxattn import flashinfer, token_mass
@@ -96,7 +97,7 @@ def test_what_top_p_keeps(top_p):
         ],
         np.float32,
     )
-    got = at_once(lambda: ja.top_p_renorm_probs(jnp.asarray(rows), top_p)).astype(np.float64)
+    got = at_once(lambda: ja.top_p_renorm_probs(device_array(rows), top_p)).astype(np.float64)
     for ours, row in zip(got, rows):
         kept = kept_of(row, top_p=np.float32(top_p)) & (row > 0)
         np.testing.assert_allclose(ours, np.where(kept, row / row[kept].sum(dtype=float), 0), 1e-6)
@@ -104,7 +105,7 @@ def test_what_top_p_keeps(top_p):
 
 @pytest.mark.slow
 def test_each_row_has_its_own_limits():
-    probs = jnp.asarray(probabilities(6, 200))
+    probs = device_array(probabilities(6, 200))
     top_k = np.array([1, 2, 7, 199, 200, 10**6], np.int32)
     top_p = np.array([0.1, 1.0, 0.5, 0.9, 0.99, 0.7], np.float32)
     rows = np.asarray(probs)
@@ -112,7 +113,7 @@ def test_each_row_has_its_own_limits():
         (ja.top_k_renorm_probs, top_k, "top_k"),
         (ja.top_p_renorm_probs, top_p, "top_p"),
     ):
-        for given in (limits, jnp.asarray(limits)):
+        for given in (limits, device_array(limits)):
             got = at_once(lambda op=op, given=given: op(probs, given))
             for ours, row, limit in zip(got, rows, limits, strict=True):
                 np.testing.assert_array_equal(ours > 0, kept_of(row, **{name: limit}))
@@ -125,19 +126,19 @@ def test_each_row_has_its_own_limits():
 
 @pytest.mark.slow
 def test_ties_with_the_last_kept_token_are_kept():
-    probs = jnp.asarray([[0.1, 0.3, 0.3, 0.1, 0.2], [0.2] * 5], f32)
+    probs = device_array([[0.1, 0.3, 0.3, 0.1, 0.2], [0.2] * 5], f32)
     for top_k, counts in ((1, [2, 5]), (3, [3, 5]), (4, [5, 5])):
         kept = at_once(lambda k=top_k: ja.top_k_renorm_probs(probs, k) > 0)
         assert kept.sum(axis=1).tolist() == counts
     # -0 and 0 are one logit.
-    logits = jnp.asarray([[-0.0, 0.0, -1.0, 0.0]], f32)
+    logits = device_array([[-0.0, 0.0, -1.0, 0.0]], f32)
     kept = at_once(lambda: ja.top_k_mask_logits(logits, 1) > -jnp.inf)
     assert kept.tolist() == [[True, True, False, True]]
 
 
 @pytest.mark.slow
 def test_a_key_gives_one_token_alone_or_in_a_batch():
-    probs = jnp.asarray(probabilities(5, 1000))
+    probs = device_array(probabilities(5, 1000))
     keys = jax.random.split(jax.random.key(2), 5)
     draw = jax.jit(lambda rows, key: ja.top_k_top_p_sampling_from_probs(rows, 30, 0.8, key))
     tokens = draw(probs, keys)
@@ -154,7 +155,7 @@ def test_a_key_gives_one_token_alone_or_in_a_batch():
 
 @pytest.mark.slow
 def test_limits_that_limit_nothing_change_no_token():
-    probs = jnp.asarray(probabilities(20, 300))
+    probs = device_array(probabilities(20, 300))
     key = jax.random.key(0)
     every = np.full(20, 300, np.int32)
     joint = dict(filter_apply_order="joint")
@@ -177,11 +178,11 @@ def test_limits_that_limit_nothing_change_no_token():
     "limits", [dict(temperature=0), dict(top_k=1), dict(top_p=1e-30), dict(min_p=1.0)], ids=str
 )
 def test_limits_that_leave_the_likeliest(limits):
-    logits = jnp.log(jnp.asarray(probabilities(30, 100)))
+    logits = jnp.log(device_array(probabilities(30, 100)))
     tokens = at_once(lambda: ja.sampling_from_logits(logits, jax.random.key(0), **limits))
     np.testing.assert_array_equal(tokens, jnp.argmax(logits, axis=1))
     if "temperature" in limits:  # which takes the first of equals
-        logits = jnp.asarray([[0.0, 3.0, 3.0, 3.0]] * 20, f32)
+        logits = device_array([[0.0, 3.0, 3.0, 3.0]] * 20, f32)
         warm = np.array([0.0] * 10 + [1.0] * 10, np.float32)
         key = jax.random.key(0)
         tokens = at_once(lambda: ja.sampling_from_logits(logits, key, temperature=warm))
@@ -196,7 +197,7 @@ def test_what_is_never_drawn(small_tiles, backend):
     weights[1, [0, 1, 2, 4]] = nan, -1, inf, -inf
     weights[2] = [0, 0, nan, -1, 0, -inf, inf, 0, 0]
     key = jax.random.key(0)
-    tokens = at_once(lambda: ja.sampling_from_probs(jnp.asarray(weights), key, backend=backend))
+    tokens = at_once(lambda: ja.sampling_from_probs(device_array(weights), key, backend=backend))
     assert tokens.tolist() == [3, 3, -1, 3, 3, 3, 3, 3]
     logits = np.full((8, 9), -inf, np.float32)
     logits[:, 5] = -1e30
@@ -205,17 +206,17 @@ def test_what_is_never_drawn(small_tiles, backend):
     logits[3] = -inf
     logits[4, 8] = inf
     how = dict(top_k=np.full(8, 4, np.int32), top_p=np.full(8, 0.5, np.float32), backend=backend)
-    tokens = at_once(lambda: ja.sampling_from_logits(jnp.asarray(logits), key, **how))
+    tokens = at_once(lambda: ja.sampling_from_logits(device_array(logits), key, **how))
     assert tokens.tolist() == [5, 5, -1, -1, 8, 5, 5, 5]
     hot = dict(temperature=3e38, backend=backend)  # of which float32 has no inverse
-    tokens = at_once(lambda: ja.sampling_from_logits(jnp.asarray(logits), key, **hot))
+    tokens = at_once(lambda: ja.sampling_from_logits(device_array(logits), key, **hot))
     assert tokens.tolist() == [5, 5, -1, -1, 8, 5, 5, 5]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [f16, bf16])
 def test_16_bits_are_what_float32_makes_of_them(dtype):
-    probs = jnp.asarray(probabilities(40, 64)).astype(dtype)
+    probs = device_array(probabilities(40, 64), dtype)
     key = jax.random.key(1)
     wide = probs.astype(f32)
     draw = lambda rows: ja.top_p_sampling_from_probs(rows, 0.6, key)  # noqa: E731
@@ -226,7 +227,7 @@ def test_16_bits_are_what_float32_makes_of_them(dtype):
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "min_p"])
 def test_a_limit_on_a_device_that_is_nan_is_the_least(small_tiles, name):
-    logits = jnp.log(jnp.asarray(probabilities(5, 40)))
+    logits = jnp.log(device_array(probabilities(5, 40)))
     given, least = jnp.full(5, jnp.nan), jnp.full(5, 1e-37 if name == "top_p" else 0.0)
     draw = functools.partial(ja.sampling_from_logits, logits, jax.random.key(0))
     tokens = at_once(
@@ -252,7 +253,7 @@ def test_few_tokens_and_no_rows():
 
 
 def test_renormed_probabilities_have_a_gradient():
-    probs = jnp.asarray([[0.5, 0.3, 0.1, 0.1]], f32)
+    probs = device_array([[0.5, 0.3, 0.1, 0.1]], f32)
     jacobian = at_once(lambda: jax.jacobian(lambda p: ja.top_k_renorm_probs(p, 2)[0])(probs))[:, 0]
     kept = np.array([0.5, 0.3])
     expected = np.zeros((4, 4))
@@ -266,12 +267,12 @@ def test_masses_are_exact():
     values = np.concatenate(
         [rng.standard_normal(50) * 10.0 ** rng.integers(-38, 38, 50), [0, np.inf, -np.inf]]
     )
-    values = jnp.asarray(np.sort(values.astype(np.float32)))
+    values = device_array(np.sort(values.astype(np.float32)))
     keys = token_mass.key_of(values)
     assert (jnp.diff(keys) > 0).all()
     np.testing.assert_array_equal(token_mass.value_of(keys), values)
 
-    weights = jnp.asarray(probabilities(1, 1000, deviation=6.0)[0])
+    weights = device_array(probabilities(1, 1000, deviation=6.0)[0])
     scale = token_mass.scale_of(weights.sum())
     mass = token_mass.mass_of(weights, scale)
     exact = [int(float(w) * float(scale) * 4096) for w in weights]
@@ -337,19 +338,19 @@ def test_an_unknown_order():
 
 @pytest.mark.slow
 def test_flashinfers_arguments():
-    probs = jnp.asarray(probabilities(3, 50))
+    probs = device_array(probabilities(3, 50))
     key = jax.random.key(4)
     theirs, ours = flashinfer.top_k_top_p_sampling_from_probs, ja.top_k_top_p_sampling_from_probs
     indices = np.array([2, 0, 2, 1], np.int32)
     k = np.array([1, 2, 3], np.int32)
-    seeds = jnp.asarray([7] * 20, jnp.int32)
+    seeds = i32([7] * 20)
     rows = jnp.broadcast_to(probs[0], (20, 50))
     same, several, seeded, apart, (tokens, valid) = at_once(
         lambda: (
             (theirs(probs, 9, 0.8, generator=key, deterministic=False), ours(probs, 9, 0.8, key)),
             # Several draws of a row, each row with its limits.
             (
-                theirs(probs, k, 0.9, jnp.asarray(indices), generator=key),
+                theirs(probs, k, 0.9, device_array(indices), generator=key),
                 ours(probs[indices], k[indices], 0.9, key),
             ),
             # Keys made of numbers.
@@ -385,12 +386,12 @@ def test_errors_of_flashinfers_arguments(how, error, message):
 
 
 def test_limits_in_a_list_are_those_of_the_rows_that_indices_name():
-    probs, key = jnp.asarray(probabilities(3, 50)), jax.random.key(0)
-    rows, limits = jnp.asarray([2, 2, 0], jnp.int32), [1, 50, 50]
+    probs, key = device_array(probabilities(3, 50)), jax.random.key(0)
+    rows, limits = i32([2, 2, 0]), [1, 50, 50]
     listed, array = at_once(
         lambda: [
             flashinfer.top_k_sampling_from_probs(probs, given, indices=rows, generator=key)
-            for given in (limits, jnp.asarray(limits, jnp.int32))
+            for given in (limits, i32(limits))
         ]
     )
     np.testing.assert_array_equal(listed, array)
@@ -415,12 +416,12 @@ GPU_CASES = [
 
 def check_kernels(backend, rows, vocab, dtype, deviation, ops=None):
     """Kernels draw what the definition draws: with limits of each row, all kinds of them side by side, and ties."""
-    probs = jnp.asarray(probabilities(rows, vocab, deviation=deviation)).astype(dtype)
+    probs = device_array(probabilities(rows, vocab, deviation=deviation), dtype)
     logits = jnp.log(probs.astype(f32)).astype(dtype)
     rng = np.random.default_rng(1)
 
     def each(dtype, *values):
-        return jnp.asarray(rng.permutation(np.resize(np.asarray(values, dtype), rows)))
+        return device_array(rng.permutation(np.resize(np.asarray(values, dtype), rows)))
 
     top_k = each(np.int32, 1, vocab, min(50, vocab), 2, max(1, vocab // 2), 2**31 - 1)
     top_p = each(np.float32, 0.9, 0.1, 1.0, 1e-9, 0.999)
@@ -465,7 +466,7 @@ def test_pivots_of_a_search_come_to_an_end(ways):
     """In any bracket of int32 that has a key between, by Python's integers: all inside it, one at least below high."""
     ends = [-(2**31), -(2**31) + 1, -3, -1, 0, 1, 2, 9, 2**31 - 2, 2**31 - 1]
     brackets = [(low, high) for low in ends for high in ends if high - low > 1]
-    lows, highs = (jnp.asarray(x, jnp.int32) for x in zip(*brackets))
+    lows, highs = (i32(x) for x in zip(*brackets))
     pivots = jax.vmap(lambda low, high: between(low, high, ways))(lows, highs)
     for (low, high), row in zip(brackets, pivots.tolist(), strict=True):
         assert low < row[0] < high and row == sorted(row) and row[-1] <= high

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_lse, assert_rivals, dense_batch, make_paged, rounded
+from helpers import assert_lse, assert_rivals, dense_batch, device_array, make_paged, rounded
 
 import jaxattn as ja
 
@@ -19,7 +19,7 @@ def queries(num_rows, dtype, seed=1):
     """q as float32 numbers and as the array of that dtype."""
     shape = (num_rows, NUM_QO_HEADS, HEAD_DIM)
     q = rounded(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
-    return q, jnp.asarray(q).astype(dtype)
+    return q, device_array(q, dtype)
 
 
 def cache_with(kv_lens, dtype, page_size=1):
@@ -171,7 +171,7 @@ def test_single_request():
         rounded(rng.standard_normal((kv_len, NUM_KV_HEADS, HEAD_DIM), np.float32), dtype)
         for _ in range(2)
     )
-    k_array, v_array = jnp.asarray(k).astype(dtype), jnp.asarray(v).astype(dtype)
+    k_array, v_array = device_array(k, dtype), device_array(v, dtype)
     q, q_array = queries(qo_len, dtype)
     for causal, qs, o in (
         (False, q[:1], ja.single_decode_with_kv_cache(q_array[0], k_array, v_array)[None]),
@@ -193,9 +193,7 @@ def test_norms(num_tokens):
         rounded(rng.standard_normal((num_tokens, hidden), np.float32), dtype) for _ in range(2)
     )
     weight = rounded(rng.standard_normal(hidden, np.float32), dtype)
-    x_array, residual_array, weight_array = (
-        jnp.asarray(a).astype(dtype) for a in (x, residual, weight)
-    )
+    x_array, residual_array, weight_array = (device_array(a, dtype) for a in (x, residual, weight))
 
     def norm(x):
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight[None, :]
@@ -222,9 +220,9 @@ def test_rope(num_tokens):
 
     cos_sin_cache = ja.precompute_freqs_cis(HEAD_DIM, max_seq_len)
     rotated = ja.apply_rope_with_cos_sin_cache_inplace(
-        positions=jnp.asarray(positions),
-        query=jnp.asarray(query).astype(dtype),
-        key=jnp.asarray(key).astype(dtype),
+        positions=device_array(positions),
+        query=device_array(query, dtype),
+        key=device_array(key, dtype),
         head_size=HEAD_DIM,
         cos_sin_cache=cos_sin_cache,
     )

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_lse, assert_rivals, make_paged, rounded, same_bits, with_scales
+from helpers import (
+    assert_lse,
+    assert_rivals,
+    device_array,
+    i32,
+    make_paged,
+    rounded,
+    same_bits,
+    with_scales,
+)
 from variants import (
     Variant,
     attend,
@@ -21,7 +30,6 @@ from variants import (
 import jaxattn as ja
 from jaxattn.operands import MaskBits
 
-i32 = lambda x: jnp.asarray(x, jnp.int32)
 BACKENDS = ["interpret", "xla"]
 
 
@@ -94,14 +102,14 @@ def check(
     prefill = what | dict(num_qo_tokens=total + padding, window_right=variant.window_right)
     if variant.mask:
         bits = np.concatenate([m.ravel() for m in masks])
-        prefill |= dict(mask=MaskBits.of(jnp.asarray(bits), i32(qo_indptr), i32(kv_lens)))
+        prefill |= dict(mask=MaskBits.of(device_array(bits), i32(qo_indptr), i32(kv_lens)))
         prefill |= dict(causal=variant.causal)
     else:
         prefill |= dict(causal=variant.causal)
     if variant.spans:
         rows = np.concatenate([spans, np.full((padding, 2), -1, np.int32)])
         prefill |= dict(bidirectional_spans=i32(rows))
-    qj = jnp.asarray(q).astype(dtype)
+    qj = device_array(q, dtype)
 
     @jax.jit
     def run(q, cache, table, kv):
@@ -114,29 +122,29 @@ def check(
         plan = ja.plan_ragged_prefill(i32(qo_indptr), kv_indptr, **heads, **prefill)
         return ja.ragged_prefill(q, *kv, plan, kv_layout=layout.split()[0], **how)
 
-    kv = [jnp.asarray(np.concatenate(x)).astype(kv_dtype or dtype) for x in (paged.k, paged.v)]
+    kv = [np.concatenate(x).astype(kv_dtype or dtype) for x in (paged.k, paged.v)]
     if layout == "HND":
-        kv = [jnp.swapaxes(x, 0, 1) for x in kv]
-    o, lse = run(qj, cache, table, kv)
+        kv = [x.swapaxes(0, 1) for x in kv]
+    o, lse = jax.tree.map(np.asarray, run(qj, cache, table, [device_array(x) for x in kv]))
     truth, plain = np.concatenate([o for o, _ in truths]), np.concatenate(plains)
     assert o.dtype == (out_dtype or dtype)
     # The hardware's tanh, and a score in float32: not what rounding to 16 bits hides entirely.
     assert_rivals(o[:total], truth, plain, dtype)
     truth_lse = np.concatenate([lse for _, lse in truths])
     if variant.soft_cap and dtype != jnp.float32 and backend is None:
-        np.testing.assert_allclose(np.asarray(lse[:total]), truth_lse, atol=variant.soft_cap * 1e-3)
+        np.testing.assert_allclose(lse[:total], truth_lse, atol=variant.soft_cap * 1e-3)
     else:
         assert_lse(lse[:total], truth_lse.astype(np.float32))
-    np.testing.assert_array_equal(np.asarray(o[total:].astype(jnp.float32)), 0.0)
+    np.testing.assert_array_equal(o[total:].astype(np.float32), 0.0)
     no_keys = options(variant, h).get("sinks", jnp.full(h, -jnp.inf))
-    np.testing.assert_allclose(np.asarray(lse[total:]), np.tile(no_keys, (padding, 1)), rtol=1e-6)
+    np.testing.assert_allclose(lse[total:], np.tile(no_keys, (padding, 1)), rtol=1e-6)
 
 
 def hidden(paged, sees, page_size):
     """The cache with NaN in every page behind the windows, and a table that no longer names them."""
     indices = np.asarray(paged.table.indices).copy()
     indptr = np.asarray(paged.table.indptr)
-    arrays = [np.array(x.astype(jnp.float32)) for x in paged.cache.arrays]
+    arrays = [np.array(x) for x in paged.cache.arrays]
     for r, see in enumerate(sees):
         used = np.flatnonzero(see.any(axis=0))
         for page in range(min(used, default=0) // page_size):
@@ -144,7 +152,7 @@ def hidden(paged, sees, page_size):
             for x in arrays:
                 x[indices[at]] = np.nan
             indices[at] = [-1, 10**6, indices[0]][page % 3]
-    data = [jnp.asarray(x).astype(paged.cache.dtype) for x in arrays]
+    data = [device_array(x) for x in arrays]
     data = data[0] if paged.cache.combined else tuple(data)
     cache = dataclasses.replace(paged.cache, data=data)
     table = ja.PageTable(paged.table.indptr, i32(indices), paged.table.last_page_len, page_size)
@@ -282,7 +290,7 @@ def test_clear_blocks_of_a_mask_are_not_visited():
     mask[:, 128 * 9] = True
     heads = dict(num_qo_heads=4, num_kv_heads=1, num_sms=4)
     indptr = i32([0, new])
-    bits = MaskBits.of(jnp.asarray(mask.ravel()), indptr, i32([kv_len]))
+    bits = MaskBits.of(device_array(mask.ravel()), indptr, i32([kv_len]))
     table = ja.PageTable.from_block_table(i32(np.arange(kv_len // 16)[None]), i32([kv_len]), 16)
     plan = ja.plan_prefill(indptr, table, num_qo_tokens=new, mask=bits, **heads)
     assert plan.items[:, 5].max() == 3 * 128
@@ -303,18 +311,18 @@ def test_packbits(bitorder):
     np.testing.assert_array_equal(bits[: packed[-1]], np.concatenate(want))
     assert not np.asarray(bits[packed[-1] :]).any()
     np.testing.assert_array_equal(
-        ja.packbits(jnp.asarray(x), bitorder), np.packbits(x, bitorder=bitorder)
+        ja.packbits(device_array(x), bitorder), np.packbits(x, bitorder=bitorder)
     )
 
 
 def test_a_score_mod_is_the_library_s_own():
     """Cap and ALiBi, written as a user would, give what the options give."""
-    q = jnp.asarray(np.random.default_rng(0).standard_normal((20, 4, 64), np.float32))
+    q = device_array(np.random.default_rng(0).standard_normal((20, 4, 64), np.float32))
     k, v = q[:, :2], q[:, 2:] * 2
     plan = ja.plan_ragged_prefill(
         i32([0, 20]), i32([0, 20]), num_qo_tokens=20, num_qo_heads=4, num_kv_heads=2
     )
-    slopes = jnp.asarray([0.5, 0.25, 0.125, 0.1], jnp.float32)
+    slopes = device_array([0.5, 0.25, 0.125, 0.1], jnp.float32)
 
     def mod(score, query_position, key_position, query_head, slope):
         far = (key_position - query_position).astype(jnp.float32)
@@ -349,7 +357,7 @@ def test_what_a_score_mod_reads_may_change_between_calls(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_go_through_every_operand(backend):
-    q = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4, 64), np.float32))
+    q = device_array(np.random.default_rng(0).standard_normal((6, 4, 64), np.float32))
     plan = ja.plan_ragged_prefill(
         i32([0, 6]), i32([0, 6]), num_qo_tokens=6, num_qo_heads=4, num_kv_heads=2
     )

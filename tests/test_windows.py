@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import device_array, i32
 from tiny import CONFIG, ROPE, paged_logits, random_params, random_prompts
 
 from jaxattn.call import Choices, Sizes, check_call, pages_needed
@@ -56,7 +57,7 @@ def test_pages_behind_a_window_are_not_read(decode):
     kv_len = 18 + new
     caches = jax.tree.map(
         lambda x: (
-            jnp.asarray(np.random.default_rng(0).standard_normal(x.shape), x.dtype)
+            device_array(np.random.default_rng(0).standard_normal(x.shape), x.dtype)
             .at[nan]
             .set(jnp.nan)
         ),
@@ -78,18 +79,18 @@ def test_pages_behind_a_window_are_not_read(decode):
             (block_table,),
             jnp.full(1, kv_len, jnp.int32),
             page_size=page_size,
-            qo_indptr=None if decode else jnp.asarray([0, new], jnp.int32),
+            qo_indptr=None if decode else i32([0, new]),
         )
         tables = decoder.rope_tables(config, kv_len)
         rows = jnp.arange(new, dtype=jnp.int32)
         return decoder.forward(params, config, batch, caches, tables, rows, backend="interpret")[0]
 
-    logits = np.asarray(run(jnp.asarray(with_nan)))
+    logits = np.asarray(run(device_array(with_nan)))
     assert np.isfinite(logits).all()
-    np.testing.assert_array_equal(logits, run(jnp.asarray(table)))
+    np.testing.assert_array_equal(logits, run(device_array(table)))
     # One page further on, NaN would be seen.
     with_nan[0, behind] = nan
-    assert np.isnan(run(jnp.asarray(with_nan))).all()
+    assert np.isnan(run(device_array(with_nan))).all()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import device_array, i32
 
 import jaxattn as ja
 from jaxattn.models import decoder
@@ -38,7 +39,7 @@ def random_params(config: DecoderConfig, dtype=jnp.float32, seed=0) -> Params:
             values = 1 + values / 8
         elif "embed" not in name:
             values /= np.sqrt(source.shape[-1])
-        return jnp.asarray(values.astype(np.float32)).astype(source.dtype or dtype)
+        return device_array(values.astype(np.float32), source.dtype or dtype)
 
     return jax.tree.map(weight, sources(config))
 
@@ -62,7 +63,7 @@ def paged_logits(
     owned = [[pages_of(n, page_size, w, min(piece, n)) for n in lengths] for w in config.windows]
     num_pages = [sum(pages) + 2 for pages in owned]
     block_tables = tuple(
-        jnp.asarray(allocate_pages(lengths, page_size, n, max_pages=width, owned=pages))
+        device_array(allocate_pages(lengths, page_size, n, max_pages=width, owned=pages))
         for n, pages in zip(num_pages, owned)
     )
     dtype = kv_dtype or params.embed_tokens.dtype
@@ -87,9 +88,9 @@ def paged_logits(
         else:
             flat = sum(parts, [])
             first_row = np.cumsum([0, *map(len, parts)])[:-1]
-        tokens = jnp.asarray(flat + [0] * (capacity - len(flat)), jnp.int32)
-        new = jnp.asarray([len(part) for part in parts], jnp.int32)
-        kv_len = jnp.asarray([begin + len(part) if part else 0 for part in parts], jnp.int32)
+        tokens = i32(flat + [0] * (capacity - len(flat)))
+        new = i32([len(part) for part in parts])
+        kv_len = i32([begin + len(part) if part else 0 for part in parts])
         out, caches = run(
             params,
             tokens,

@@ -5,7 +5,7 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-from helpers import multiply_by_group, rounded
+from helpers import device_array, multiply_by_group, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,11 @@ def options(variant, num_heads):
     sinks, slopes, tilt = operands(variant, num_heads)
     how = dict(logits_soft_cap=variant.soft_cap)
     if variant.sinks:
-        how |= dict(sinks=jnp.asarray(sinks))
+        how |= dict(sinks=device_array(sinks))
     if variant.alibi:
-        how |= dict(alibi_slopes=jnp.asarray(slopes))
+        how |= dict(alibi_slopes=device_array(slopes))
     if variant.score_mod:
-        how |= dict(score_mod=tilted, score_mod_arrays=[jnp.asarray(x) for x in tilt])
+        how |= dict(score_mod=tilted, score_mod_arrays=[device_array(x) for x in tilt])
     return how
 
 

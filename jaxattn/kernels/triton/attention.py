@@ -38,7 +38,7 @@ from jaxattn.kernels.triton._split_merge import Merging, Partials
 from jaxattn.kernels.triton.tiles import Config, default_config
 from jaxattn.kv_cache import PagedKVCache, RowStrides
 from jaxattn.kv_scales import FP8_DTYPES, SMALLEST, KVScales
-from jaxattn.operands import ScoreMod, alibi, modified
+from jaxattn.operands import ScoreMod, may_be_kept, modified
 from jaxattn.plan import MAX_FEW_ROWS, MID_ROWS, AttentionPlan
 from jaxattn.spec import AttentionSpec, Score
 from jaxattn.visits import MaskItem, PlannedMask
@@ -411,8 +411,7 @@ def _attention(
         num_stages=config.num_stages,
         interpret=interpret,
         aliases=None if arrivals is None else dict(no_arrivals_ref="arrivals_ref"),
-        # Between calls, what a user's function reads may change.
-        shared=all(mod.fn is alibi for mod in score_mods),
+        shared=may_be_kept(score_mods),
     )
     o, lse = out["o_ref"], out["lse_ref"]
     if isinstance(merging, Apart):
