@@ -393,6 +393,7 @@ def _full() -> list[Case]:
     cases += _norms(4096, 4096, "float16")  # the seed's profile
     for rows, hidden in ((262144, 111), (65536, 1024), (16384, 2560), (8192, 5120), (4096, 16384)):
         cases += _norms(rows, hidden)  # about as many bytes each
+    cases += _norms(65536, 4096)  # so many that a launch's beginning and end count for little
     # Qwen3's norm of q and k: 4096 tokens of 40 heads.
     cases.append(Norm(op="rmsnorm", name="qk_163840x128", rows=163840, hidden=128))
 
