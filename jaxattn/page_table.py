@@ -67,7 +67,8 @@ class PageTable:
         width = block_table.shape[1]
         if isinstance(kv_len, np.ndarray):
             check_host_lengths("kv_len", kv_len, width * page_size, f"{width} pages of {page_size}")
-        return cls(*_of_rows(block_table, copied_from_host(kv_len), page_size), page_size)
+        rows = copied_from_host(block_table), copied_from_host(kv_len)
+        return cls(*_of_rows(*rows, page_size), page_size)
 
     @classmethod
     def contiguous(cls, kv_len: Array, max_len: int, page_size: int) -> "PageTable":

@@ -30,10 +30,12 @@ else:
     flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
+    # There is none; the name that each program would have in it is a few percent of the tests' time.
+    jax.config.update("jax_enable_compilation_cache", False)
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 # What JAX traces and compiles lives long and is many objects: looking for garbage among all of them every few hundred
-# new ones is a tenth of the tests' time, and where each operation was written down, a thirtieth.
+# new ones is a tenth of the tests' time. Where each operation was written down is a thirtieth.
 gc.set_threshold(100_000, 20, 100)
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
