@@ -30,6 +30,16 @@ SHORT_WINDOW = 192
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LoneItems:
+    """The items of a plan for programs that have a multiprocessor to themselves; fields as in `AttentionPlan`."""
+
+    items: Array
+    num_items: Array
+    num_slots: int = dataclasses.field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class AttentionPlan:
     """What the attention ops read: lengths, pages and a work list. A pytree; one plan serves all layers of a step.
 
@@ -47,6 +57,8 @@ class AttentionPlan:
       limits: int32 [t, 2], the keys `limits[i, 0] .. limits[i, 1] - 1` are those that query token i sees; None where
         `spec.visible` says it for all.
       mask: bits that say it besides, or None.
+      lone: the items where a kernel runs one program on a multiprocessor, which takes fewer and larger ones; None: the
+        same.
     """
 
     qo_indptr: Array | None
@@ -65,6 +77,19 @@ class AttentionPlan:
     block_rows: int = dataclasses.field(metadata=dict(static=True))
     programs_per_sm: int = dataclasses.field(metadata=dict(static=True))  # meant to run at once
     num_slots: int = dataclasses.field(metadata=dict(static=True))  # capacity for partial states
+    lone: LoneItems | None = None
+
+    def for_lone_programs(self) -> "AttentionPlan":
+        """This plan with the items `lone`."""
+        if (lone := self.lone) is None:
+            return self
+        return dataclasses.replace(
+            self,
+            items=lone.items,
+            num_items=lone.num_items,
+            num_slots=lone.num_slots,
+            lone=None,
+        )
 
     @property
     def is_decode(self) -> bool:

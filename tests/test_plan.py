@@ -9,7 +9,7 @@ import pytest
 from helpers import i32
 
 import jaxattn as ja
-from jaxattn import dense
+from jaxattn import dense, prefill_plan
 from jaxattn.decode_plan import MAX_IN_ONE_PROGRAM, decode_plan
 from jaxattn.plan import MAX_FEW_ROWS, Splits
 from jaxattn.spec import AttentionSpec, Visible
@@ -241,6 +241,21 @@ def test_no_splits():
     )
     check_coverage(plan, np.repeat([100_000, 5], 4))
     assert plan.num_slots == 0 and all(item.num_splits == 1 for item in items_of(plan))
+
+
+@pytest.mark.parametrize("tokens,heads,splits", [(512, (32, 8), (2, 1)), (600, (16, 8), (3, 2))])
+def test_programs_that_are_alone_take_fewer_splits(tokens, heads, splits, monkeypatch):
+    monkeypatch.setattr(prefill_plan, "has_wgmma", lambda: True)
+    n = 32_768
+    h, kh = heads
+    how = dict(page_size=16, num_qo_tokens=tokens, num_sms=132)
+    how |= dict(num_qo_heads=h, num_kv_heads=kh)
+    plan = ja.plan_prefill(i32([0, tokens]), table_of([n], 16), **how)
+    for each, most in zip((plan, plan.for_lone_programs()), splits):
+        assert max(item.num_splits for item in items_of(each)) == most
+        check_coverage(each, np.repeat(np.arange(n - tokens + 1, n + 1), h // kh))
+    whole = ja.plan_prefill(i32([0, tokens]), table_of([n], 16), disable_split_kv=True, **how)
+    assert whole.lone is None and whole.for_lone_programs() is whole
 
 
 PREFILL_LENGTHS = [

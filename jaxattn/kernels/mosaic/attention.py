@@ -194,7 +194,7 @@ def paged_attention(
         scales = scales if lines.scales is None else (lines.scales, None)
     config = config or config_of(rows=not source.in_boxes, narrow=narrow)
     how: dict[str, Any] = dict(score=score, name=name, config=config)
-    return _attention(q, arrays, source, scales, plan, sinks, **how)
+    return _attention(q, arrays, source, scales, plan.for_lone_programs(), sinks, **how)
 
 
 def contiguous_attention(
@@ -221,6 +221,7 @@ def contiguous_attention(
     config = config or config_of(rows=not source.in_boxes)
     arrays = source.arrays(k, v)
     how: dict[str, Any] = dict(score=score, name=name, config=config)
+    plan = plan.for_lone_programs()
     return _attention(q, arrays, source, _flat(kv_scales), plan, sinks, **how)
 
 
