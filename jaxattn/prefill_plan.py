@@ -3,6 +3,7 @@
 Axes: b requests, t query tokens, w work items.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -94,13 +95,13 @@ def plan_prefill(
         mask,
         bidirectional_spans,
     )
+    num_qo_tokens = integer("num_qo_tokens", num_qo_tokens, least=0)
     return _paged(
         copied_from_host(qo_indptr),
         page_table,
-        mask,
-        bidirectional_spans,
+        *_checked(mask, bidirectional_spans, page_table.batch_size, num_qo_tokens),
         page_size=page_size,
-        num_qo_tokens=integer("num_qo_tokens", num_qo_tokens, least=0),
+        num_qo_tokens=num_qo_tokens,
         spec=spec,
         splits=Splits(fixed_split_size, disable_split_kv, page_size),
         num_sms=checked_sms(num_sms),
@@ -142,16 +143,33 @@ def plan_ragged_prefill(
         mask,
         bidirectional_spans,
     )
+    num_qo_tokens = integer("num_qo_tokens", num_qo_tokens, least=0)
     return _contiguous(
         qo_indptr,
         kv_indptr,
-        mask,
-        bidirectional_spans,
-        num_qo_tokens=integer("num_qo_tokens", num_qo_tokens, least=0),
+        *_checked(mask, bidirectional_spans, kv_indptr.shape[0] - 1, num_qo_tokens),
+        num_qo_tokens=num_qo_tokens,
         spec=spec,
         splits=Splits(None, disable_split_kv),
         num_sms=checked_sms(num_sms),
     )
+
+
+def _checked(
+    mask: MaskBits | None, spans: Array | None, batch_size: int, num_qo_tokens: int
+) -> tuple[MaskBits | None, Array | None]:
+    """Both on the device. They are checked as they came: on its way into a program int64 becomes int32."""
+    if mask is not None:
+        if not isinstance(mask, MaskBits):
+            raise TypeError(
+                f"mask must be MaskBits; got {type(mask).__name__}: make it by "
+                "MaskBits.of(mask, qo_indptr, kv_len)"
+            )
+        mask.check(batch_size)
+    if spans is not None:
+        check_shape("bidirectional_spans", spans, (num_qo_tokens, 2))
+        check_int32("bidirectional_spans", spans)
+    return jax.tree.map(copied_from_host, (mask, spans))
 
 
 @as_program("page_size", "num_qo_tokens", "spec", "splits", "num_sms")
@@ -312,8 +330,6 @@ def _limits(
     """int32 [t, 2], as `AttentionPlan.limits`: what is visible to a token, and the span that it lies in."""
     if spans is None:
         return None
-    check_shape("bidirectional_spans", spans, (num_qo_tokens, 2))
-    check_int32("bidirectional_spans", spans)
     token = jnp.arange(num_qo_tokens, dtype=jnp.int32)
     request = jnp.searchsorted(qo_indptr[1:], token, side="right").astype(jnp.int32)
 

@@ -236,6 +236,11 @@ def test_batch_indices_positions_of_nothing():
         ),
         (
             ValueError,
+            "nnz must be an integer of at least 0; got 2.5",
+            lambda: ja.get_batch_indices_positions(i32s(0, 1), i32s(1), 2.5),
+        ),
+        (
+            ValueError,
             "append_indptr must have",
             lambda: ja.get_batch_indices_positions(i32s(0), i32s(1), 3),
         ),

@@ -413,6 +413,19 @@ def test_random_lengths_stay_within_capacities():
         (dict(num_qo_tokens=-1), ValueError, "num_qo_tokens must be an integer of at least 0"),
         (dict(qo_indptr=jnp.zeros(2, jnp.int32)), ValueError, r"qo_indptr must have shape \[3\]"),
         (dict(qo_indptr=jnp.zeros(3)), TypeError, r"qo_indptr must be int32; got float32"),
+        (dict(num_qo_tokens=2.5), ValueError, "num_qo_tokens must be an integer of at least 0"),
+        (dict(num_sms=0), ValueError, "num_sms must be a positive integer; got 0"),
+        (
+            dict(bidirectional_spans=np.full((4, 2), 2**40)),
+            TypeError,
+            "bidirectional_spans must be int32; got int64",
+        ),
+        (dict(mask=np.zeros(4, bool)), TypeError, "mask must be MaskBits; got ndarray: make it by"),
+        (
+            dict(mask=ja.MaskBits(np.zeros(9, np.uint8), np.zeros(3, np.int64))),
+            TypeError,
+            "mask_indptr must be int32; got int64",
+        ),
         (dict(fixed_split_size=0), ValueError, "fixed_split_size must be a positive integer"),
         (dict(fixed_split_size=2, disable_split_kv=True), ValueError, "choose one"),
     ],
@@ -422,6 +435,19 @@ def test_plan_errors(change, error, message):
     args |= dict(qo_indptr=i32([0, 1, 4]), page_table=table_of([4, 4], 16))
     with pytest.raises(error, match=message):
         ja.plan_prefill(**(args | change))
+
+
+@pytest.mark.parametrize("integer", [np.int64, jnp.int32])
+def test_counts_are_any_integers(integer):
+    n = integer
+    counts = dict(page_size=16, num_qo_heads=4, num_kv_heads=2, num_sms=3)
+    given = {name: n(x) for name, x in counts.items()}
+    table, rows = table_of([300, 4], 16), dict(qo_indptr=i32([0, 1, 4]))
+    for plan, own in ((ja.plan_decode, {}), (ja.plan_prefill, dict(num_qo_tokens=4))):
+        own_given = {name: n(x) for name, x in own.items()}
+        at = dict(page_table=table) | (rows if own else {})
+        want, got = plan(**at, **counts, **own), plan(**at, **given, **own_given)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize(
