@@ -32,7 +32,8 @@ def device_array(x, dtype=None) -> jax.Array:
     """x on the device, moved there from NumPy: `jnp.asarray` compiles a program for each shape."""
     if isinstance(x, jax.Array):
         return x if dtype is None else x.astype(dtype)
-    return jax.device_put(np.array(x, dtype))  # a copy: on a CPU the array may lie where NumPy's does
+    # Of a copy: on a CPU the array may lie where NumPy's does.
+    return jax.device_put(np.array(x, dtype))
 
 
 def i32(x) -> jax.Array:
