@@ -183,6 +183,7 @@ def paged_attention(
     Returns:
       (o [t, h, d], lse float32 [t, h]).
     """
+    plan = plan.for_lone_programs()
     d, laid = q.shape[-1], _in_line.pays(cache.arrays[-1], plan)
     config_of = functools.partial(default_config, d, plan.spec.visible.width)
     narrow = cache.is_fp8 and not laid
@@ -194,7 +195,7 @@ def paged_attention(
         scales = scales if lines.scales is None else (lines.scales, None)
     config = config or config_of(rows=not source.in_boxes, narrow=narrow)
     how: dict[str, Any] = dict(score=score, name=name, config=config)
-    return _attention(q, arrays, source, scales, plan.for_lone_programs(), sinks, **how)
+    return _attention(q, arrays, source, scales, plan, sinks, **how)
 
 
 def contiguous_attention(
@@ -213,6 +214,7 @@ def contiguous_attention(
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over contiguous k, v [tokens, kh, d] ("NHD") or [kh, tokens, d] ("HND"), as `paged_attention`."""
+    plan = plan.for_lone_programs()
     d, tokens = q.shape[-1], k.shape[0 if kv_layout == "NHD" else 1]
     narrow = k.dtype.name in FP8_DTYPES
     config_of = functools.partial(default_config, d, plan.spec.visible.width, narrow=narrow)
@@ -221,7 +223,6 @@ def contiguous_attention(
     config = config or config_of(rows=not source.in_boxes)
     arrays = source.arrays(k, v)
     how: dict[str, Any] = dict(score=score, name=name, config=config)
-    plan = plan.for_lone_programs()
     return _attention(q, arrays, source, _flat(kv_scales), plan, sinks, **how)
 
 
