@@ -1,5 +1,6 @@
 """What every test runs under: strict promotion, two CPU devices, a cheap compiler on a CPU, a GPU shared by workers."""
 
+import functools
 import gc
 import os
 from collections.abc import Sequence
@@ -30,6 +31,10 @@ else:
     flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
+        # A context for each program is a tenth of the tests' time; later versions of JAX use one again as well.
+        from jax._src.interpreters import mlir
+
+        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
     # There is none; the name that each program would have in it is a few percent of the tests' time.
     jax.config.update("jax_enable_compilation_cache", False)
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
@@ -84,6 +89,11 @@ def pytest_collection():
         with jax.default_device("cpu"):
             return (yield)
     return (yield)
+
+
+def pytest_unconfigure() -> None:
+    """pytest then looks for garbage five times over, seconds each, among what now ends with the process."""
+    gc.freeze()
 
 
 @pytest.fixture
