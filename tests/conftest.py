@@ -31,7 +31,7 @@ else:
     flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
-        # A context for each program is a tenth of the tests' time; later versions of JAX use one again as well.
+        # MLIR's context of each program is a tenth of the tests' time; later versions of JAX use one several times too.
         from jax._src.interpreters import mlir
 
         mlir.make_ir_context = functools.cache(mlir.make_ir_context)
@@ -92,7 +92,7 @@ def pytest_collection():
 
 
 def pytest_unconfigure() -> None:
-    """pytest then looks for garbage five times over, seconds each, among what now ends with the process."""
+    """pytest ends with five searches for garbage, of seconds each, in what goes with the process anyway."""
     gc.freeze()
 
 
